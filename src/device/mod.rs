@@ -1,0 +1,241 @@
+//! What runs on the hardware. A [`Device`] offers the kernels of a transformer
+//! step over its own matrices, vectors and activation buffers; everything above
+//! is written once for all devices.
+//!
+//! A step is: [`Device::begin_step`] with the step's metadata, then kernels in
+//! order, then [`Device::download`]. Kernels are asynchronous where the
+//! hardware is; `download` waits. Nothing in a step allocates.
+
+pub mod cpu;
+pub mod tensor;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::kv::pool::KvPool;
+use crate::kv::rblock::KvRun;
+use tensor::RawTensor;
+
+/// A device refused something.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The weights are of a kind or shape that this device cannot hold.
+    #[error("unsupported: {0}")]
+    Unsupported(String),
+    /// Memory is short.
+    #[error("out of memory: {0}")]
+    OutOfMemory(String),
+    /// The system refused.
+    #[error("{0}")]
+    System(String),
+}
+
+/// Result of a device call.
+pub type Result<T> = std::result::Result<T, DeviceError>;
+
+/// How the heads lie in a fused QKV row: `heads` query heads, then `kv_heads`
+/// key heads, then `kv_heads` value heads, each of `head_dim` elements.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Elements a head.
+    pub head_dim: usize,
+    /// Factor on the scores, usually 1/sqrt(head_dim).
+    pub scale: f32,
+}
+
+impl AttentionShape {
+    /// Elements of all query heads of one row.
+    pub const fn q_width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Elements of all key (or value) heads of one row.
+    pub const fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// Elements of a fused QKV row.
+    pub const fn qkv_width(&self) -> usize {
+        self.q_width() + 2 * self.kv_width()
+    }
+}
+
+/// Rotary embedding, resolved from the model's configuration.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    /// Angle a position, for each of the `head_dim / 2` pairs.
+    pub inv_freq: Vec<f32>,
+    /// Factor on cos and sin (yarn's attention factor; 1 otherwise).
+    pub magnitude: f32,
+    /// Pairs are (2i, 2i+1) as in GGUF's llama tensors; otherwise (i, i + d/2).
+    pub interleaved: bool,
+}
+
+/// Where a row of the step stands in its sequence, and where its K and V go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RowSlot {
+    /// Position in the sequence.
+    pub position: u32,
+    /// Local physical block that takes the row's K and V.
+    pub block: u32,
+    /// Token index inside the block.
+    pub offset: u32,
+}
+
+/// Consecutive rows of one sequence and the KV they attend to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttnSeq {
+    /// First row in the step (or in the query buffer).
+    pub row: u32,
+    /// Rows; their positions are consecutive.
+    pub rows: u32,
+    /// Position of the first row.
+    pub position: u32,
+    /// First entry in the accompanying list of [`KvRun`]s.
+    pub run: u32,
+    /// Entries. May be 0: the partial is then empty (o = 0, lse = −∞).
+    pub runs: u32,
+}
+
+/// Everything that is fixed for one step.
+#[derive(Clone, Copy, Debug)]
+pub struct StepInput<'a> {
+    /// Token of each row.
+    pub tokens: &'a [u32],
+    /// Place of each row; as long as `tokens`.
+    pub slots: &'a [RowSlot],
+    /// Every row belongs to exactly one entry, in order. The KV runs are the
+    /// *local* ones and include the blocks that this step's rows fill.
+    pub seqs: &'a [AttnSeq],
+    /// The sequences' KV runs.
+    pub runs: &'a [KvRun],
+}
+
+/// The kernels of a transformer step.
+pub trait Device: Send {
+    /// A linear layer's weights `[out, in]`, in the device's own packing.
+    type Matrix: Send + Sync;
+    /// A norm's weights or a bias, f32.
+    type Vector: Send + Sync;
+    /// Activations `[rows, cols]`.
+    type Buffer: Send;
+
+    /// For people: `cpu (AVX-512 VNNI, 2 threads)`.
+    fn describe(&self) -> String;
+
+    /// Loads weights, stacking `parts` along the output features (so Q, K and
+    /// V, or gate and up, become one product). Parts may differ in dtype.
+    fn load_matrix(&mut self, parts: &[RawTensor<'_>]) -> Result<Self::Matrix>;
+
+    /// Loads one vector, or several end to end, as f32.
+    fn load_vector(&mut self, parts: &[RawTensor<'_>]) -> Result<Self::Vector>;
+
+    /// Allocates activations for up to `rows` rows.
+    fn buffer(&mut self, rows: usize, cols: usize) -> Result<Self::Buffer>;
+
+    /// Takes in a step's metadata: positions, KV slots, attention lists.
+    fn begin_step(&mut self, rope: &Rope, step: &StepInput<'_>) -> Result<()>;
+
+    /// `out[r] = table[tokens[r]]` for the step's tokens.
+    fn embed(&mut self, table: &Self::Matrix, out: &mut Self::Buffer);
+
+    /// `out[r] = x[r] / rms(x[r]) · weight` for `rows` rows.
+    fn rms_norm(&mut self, x: &Self::Buffer, rows: usize, weight: &Self::Vector, eps: f32, out: &mut Self::Buffer);
+
+    /// `out[r] = x[r] · Wᵀ (+ bias)`.
+    fn linear(
+        &mut self,
+        x: &Self::Buffer,
+        rows: usize,
+        weight: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        out: &mut Self::Buffer,
+    );
+
+    /// `out[r] += x[r] · Wᵀ (+ bias)`: a projection into the residual stream.
+    fn linear_add(
+        &mut self,
+        x: &Self::Buffer,
+        rows: usize,
+        weight: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        out: &mut Self::Buffer,
+    );
+
+    /// On the step's fused QKV rows: RMS-norm of each Q and K head where
+    /// weights are given (`(q_norm, k_norm, eps)`), rotary embedding of Q and K
+    /// in place, then K and V of every row into `pool` at its slot of `layer`.
+    fn rope_append(
+        &mut self,
+        shape: &AttentionShape,
+        qk_norm: Option<(&Self::Vector, &Self::Vector, f32)>,
+        layer: usize,
+        pool: &KvPool,
+        qkv: &mut Self::Buffer,
+    );
+
+    /// MicroAttention of the step's rows over their local KV in `layer`:
+    /// causal, and limited to the last `window` positions where given. Rows
+    /// `[heads · head_dim]` of `o`, natural-log `lse` `[heads]`; (0, −∞) for a
+    /// row that sees no key.
+    fn attention(
+        &mut self,
+        shape: &AttentionShape,
+        window: Option<u32>,
+        layer: usize,
+        pool: &KvPool,
+        qkv: &Self::Buffer,
+        o: &mut Self::Buffer,
+        lse: &mut Self::Buffer,
+    );
+
+    /// Copies the query heads (after rotary embedding) of `rows` to `dst`,
+    /// `[Σ rows, heads · head_dim]` f32 in host memory, in order.
+    fn export_queries(&mut self, shape: &AttentionShape, qkv: &Self::Buffer, rows: &[Range<u32>], dst: &mut [f32]);
+
+    /// Merges a peer's partials, `[Σ rows, heads · head_dim]` and
+    /// `[Σ rows, heads]` f32 in host memory, into `o` and `lse` of `rows`.
+    fn merge(
+        &mut self,
+        shape: &AttentionShape,
+        rows: &[Range<u32>],
+        remote_o: &[f32],
+        remote_lse: &[f32],
+        o: &mut Self::Buffer,
+        lse: &mut Self::Buffer,
+    );
+
+    /// `out[r] = silu(x[r][..n]) · x[r][n..]` with n = half of x's columns.
+    fn swiglu(&mut self, gate_up: &Self::Buffer, rows: usize, out: &mut Self::Buffer);
+
+    /// `out[i] = x[rows[i]]`.
+    fn gather(&mut self, x: &Self::Buffer, rows: &[u32], out: &mut Self::Buffer);
+
+    /// Waits for everything before it and copies `rows` rows to the host.
+    fn download(&mut self, x: &Self::Buffer, rows: usize, dst: &mut [f32]);
+}
+
+/// MicroAttention over lent rBlocks, for a creditor: the same mathematics as
+/// [`Device::attention`], over queries that came from a peer.
+pub trait HolderKernel: Send {
+    /// `q` is `[rows, heads · head_dim]` f32, `o` alike, `lse` `[rows, heads]`;
+    /// all of `seqs` lie inside those rows and all `runs` inside the pool (the
+    /// caller has checked).
+    #[allow(clippy::too_many_arguments)]
+    fn micro_attention(
+        &mut self,
+        shape: &AttentionShape,
+        window: Option<u32>,
+        layer: usize,
+        pool: &Arc<KvPool>,
+        q: &[f32],
+        seqs: &[AttnSeq],
+        runs: &[KvRun],
+        o: &mut [f32],
+        lse: &mut [f32],
+    );
+}

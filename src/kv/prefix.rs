@@ -1,0 +1,1 @@
+//! Prefix reuse by content hash.
