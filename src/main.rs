@@ -1,1 +1,3 @@
 //! The `distkv` binary.
+
+fn main() {}
