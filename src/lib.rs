@@ -5,6 +5,7 @@
 
 pub mod attention;
 pub mod cli;
+pub mod codec;
 pub mod control;
 pub mod device;
 pub mod engine;

@@ -3,4 +3,5 @@
 
 pub mod config;
 pub mod sampler;
+pub mod transformer;
 pub mod weights;

@@ -1,0 +1,440 @@
+//! The creditor's side of DistAttention: takes plans and queries from debtors,
+//! attends over the rBlocks they placed here, answers with partials.
+//!
+//! One [`Creditor`] owns one transport and is one thread; a node that is
+//! reached by shm and by tcp runs two. It shares nothing with the engine but
+//! the rBlock table and the [`LoanBook`], both read-only from here except for a
+//! lent block's way from filling to live.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use distkv_fabric::{Access, Event, PeerId, RegionId, RemoteKey, Transport, Write, WriteGuard};
+
+use super::mailbox::{Geometry, Mailbox, SLOTS};
+use super::wire::{LaneHello, LaneMessage, SlotHeader, SlotNotify, StepPlan};
+use crate::device::{AttentionShape, AttnSeq, HolderKernel};
+use crate::kv::pool::KvPool;
+use crate::kv::rblock::{BlockIndex, InstanceId, KvRun, LoanId};
+use crate::kv::table::{RBlockTable, State};
+
+/// What a creditor must know of its instance's loans. Implemented by the
+/// rManager's published state; called once a step, never once a layer, but for
+/// [`revision`](Self::revision).
+pub trait LoanBook: Send + Sync {
+    /// The pool that is lent from; `None` while a pure lender has not been
+    /// given a shape yet.
+    fn pool(&self) -> Option<Arc<KvPool>>;
+    /// A loan that is in force.
+    fn terms(&self, loan: LoanId) -> Option<LoanTerms>;
+    /// Changes whenever a loan ends.
+    fn revision(&self) -> u64;
+}
+
+/// What was granted to whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoanTerms {
+    /// Who borrowed.
+    pub debtor: InstanceId,
+    /// Told to the debtor with the grant; a query must quote it.
+    pub epoch: u32,
+}
+
+/// Counters of a creditor, readable from any thread.
+#[derive(Debug, Default)]
+pub struct CreditorStats {
+    /// Queries answered.
+    pub answered: AtomicU64,
+    /// Query rows answered.
+    pub rows: AtomicU64,
+    /// Nanoseconds spent in MicroAttention.
+    pub attention_ns: AtomicU64,
+    /// Plans and queries refused: unknown loan, old epoch, malformed.
+    pub refused: AtomicU64,
+    /// rBlocks taken in.
+    pub placed: AtomicU64,
+}
+
+/// Nanoseconds of this host's monotonic clock; comparable between processes of
+/// one host.
+pub(crate) fn monotonic_ns() -> u64 {
+    let t = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
+}
+
+/// Lets a debtor write only into blocks that are lent to it and not yet
+/// complete.
+struct LoanGuard {
+    book: Arc<dyn LoanBook>,
+    pool: Arc<KvPool>,
+}
+
+/// The loan whose debtor may still write the block.
+fn fillable_loan(table: &RBlockTable, block: BlockIndex) -> Option<LoanId> {
+    table.entry(block).filter(|e| matches!(e.state, State::Reserved | State::Filling))?.loan()
+}
+
+impl WriteGuard for LoanGuard {
+    fn may_write(&self, hello: &[u8], offset: u64, len: u64) -> bool {
+        let Ok(hello) = LaneHello::decode(hello) else { return false };
+        let layer_bytes = self.pool.shape().layer_bytes() as u64;
+        let in_layer = offset % self.pool.layer_stride() as u64;
+        let (first, last) = (in_layer / layer_bytes, (in_layer + len.max(1) - 1) / layer_bytes);
+        // A run of blocks must not reach from one layer's pool into the next.
+        if last >= u64::from(self.pool.blocks()) || offset / self.pool.layer_stride() as u64 >= u64::from(self.pool.shape().layers) {
+            return false;
+        }
+        (first..=last).all(|block| {
+            let Some(loan) = fillable_loan(self.pool.table(), block as u32) else { return false };
+            self.book.terms(loan).is_some_and(|t| t.debtor == hello.debtor)
+        })
+    }
+}
+
+/// A plan with its blocks looked up and checked.
+#[derive(Default)]
+struct ReadyPlan {
+    step: u64,
+    rows: usize,
+    seqs: Vec<AttnSeq>,
+    runs: Vec<KvRun>,
+    loans: Vec<(LoanId, u32)>,
+    revision: u64,
+}
+
+struct Lane {
+    hello: LaneHello,
+    shape: AttentionShape,
+    pool: Arc<KvPool>,
+    inbox: Mailbox,
+    inbox_region: RegionId,
+    outbox: Mailbox,
+    outbox_region: RegionId,
+    placed: BTreeMap<LoanId, Vec<KvRun>>,
+    plan: ReadyPlan,
+}
+
+enum Owned {
+    Accepted(PeerId, Vec<u8>),
+    Message(PeerId, Vec<u8>),
+    Query(PeerId, u8),
+    Foreign(PeerId),
+    Closed(PeerId),
+}
+
+/// The creditor of one transport. See the module's page.
+pub struct Creditor {
+    transport: Box<dyn Transport>,
+    book: Arc<dyn LoanBook>,
+    kernel: Box<dyn HolderKernel>,
+    lanes: BTreeMap<PeerId, Lane>,
+    /// The pool as registered, and its key; renewed when a pure lender is given
+    /// another shape.
+    exported: Option<(Arc<KvPool>, RegionId, RemoteKey)>,
+    stats: Arc<CreditorStats>,
+    inbox: Vec<Owned>,
+}
+
+impl Creditor {
+    /// A creditor that is not running yet.
+    pub fn new(
+        transport: Box<dyn Transport>,
+        book: Arc<dyn LoanBook>,
+        kernel: Box<dyn HolderKernel>,
+        stats: Arc<CreditorStats>,
+    ) -> Self {
+        Self { transport, book, kernel, lanes: BTreeMap::new(), exported: None, stats, inbox: Vec::new() }
+    }
+
+    /// Serves until `stop` is set (and the transport's waker used). Spins for
+    /// `spin` after the last exchange, then sleeps.
+    pub fn run(mut self, stop: &AtomicBool, spin: Duration) {
+        let mut last_work = Instant::now();
+        while !stop.load(Ordering::Acquire) {
+            let busy = match self.turn() {
+                Ok(busy) => busy,
+                Err(error) => {
+                    tracing::error!(%error, "the creditor's transport failed; lent memory is out of reach");
+                    return;
+                }
+            };
+            if busy {
+                last_work = Instant::now();
+            } else if last_work.elapsed() < spin {
+                std::thread::yield_now();
+            } else if let Err(error) = self.transport.wait(Duration::from_millis(500)) {
+                tracing::error!(%error, "the creditor's transport failed; lent memory is out of reach");
+                return;
+            }
+        }
+    }
+
+    /// Handles what is there. True if anything was.
+    fn turn(&mut self) -> distkv_fabric::Result<bool> {
+        let inbox = &mut self.inbox;
+        self.transport.poll(&mut |event| {
+            inbox.push(match event {
+                Event::Connected { peer } => Owned::Foreign(peer),
+                Event::Accepted { peer, hello } => Owned::Accepted(peer, hello.to_vec()),
+                Event::Message { peer, payload } => Owned::Message(peer, payload.to_vec()),
+                Event::Notified { peer, notify } => match SlotNotify::decode(notify) {
+                    Some(SlotNotify::Query(slot)) if (slot as usize) < SLOTS => Owned::Query(peer, slot),
+                    _ => Owned::Foreign(peer),
+                },
+                Event::Closed { peer, .. } => Owned::Closed(peer),
+            });
+        })?;
+        let mut inbox = std::mem::take(&mut self.inbox);
+        let busy = !inbox.is_empty();
+        for event in inbox.drain(..) {
+            match event {
+                Owned::Accepted(peer, hello) => self.accept(peer, &hello),
+                Owned::Message(peer, payload) => self.message(peer, &payload),
+                Owned::Query(peer, slot) => self.query(peer, slot),
+                Owned::Foreign(peer) => self.expel(peer, "a message that does not belong on a lane"),
+                Owned::Closed(peer) => self.forget(peer),
+            }
+        }
+        self.inbox = inbox;
+        Ok(busy)
+    }
+
+    fn accept(&mut self, peer: PeerId, hello: &[u8]) {
+        let opened = LaneHello::decode(hello).map_err(|e| e.to_string()).and_then(|h| self.open(h));
+        let reply = match opened {
+            Ok((lane, reply)) => {
+                self.lanes.insert(peer, lane);
+                reply
+            }
+            Err(reason) => {
+                self.stats.refused.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(%reason, "refused a lane");
+                LaneMessage::Refuse { reason }
+            }
+        };
+        self.reply(peer, &reply);
+    }
+
+    fn open(&mut self, hello: LaneHello) -> Result<(Lane, LaneMessage), String> {
+        let pool = self.book.pool().ok_or("this lender has not granted a loan yet")?;
+        if *pool.shape() != hello.shape {
+            return Err(format!("KV shapes differ: the debtor's {:?}, the creditor's {:?}", hello.shape, pool.shape()));
+        }
+        let pool_key = self.export_pool(&pool).map_err(|e| e.to_string())?;
+        let geometry = Geometry {
+            heads: hello.heads as usize,
+            head_dim: hello.shape.head_dim as usize,
+            max_rows: hello.max_rows as usize,
+        };
+        let inbox = Mailbox::new(geometry).map_err(|e| e.to_string())?;
+        let outbox = Mailbox::new(geometry).map_err(|e| e.to_string())?;
+        let inbox_region =
+            self.transport.register(inbox.memory(), Access::RemoteWrite).map_err(|e| e.to_string())?;
+        let outbox_region = self.transport.register(outbox.memory(), Access::LocalOnly).map_err(|e| e.to_string())?;
+        let query_key = self.transport.remote_key(inbox_region).map_err(|e| e.to_string())?;
+        let shape = AttentionShape {
+            heads: geometry.heads,
+            kv_heads: hello.shape.kv_heads as usize,
+            head_dim: geometry.head_dim,
+            scale: hello.scale,
+        };
+        let reply = LaneMessage::Accept { query_key, pool_key, blocks: pool.blocks() };
+        let lane = Lane {
+            hello,
+            shape,
+            pool,
+            inbox,
+            inbox_region,
+            outbox,
+            outbox_region,
+            placed: BTreeMap::new(),
+            plan: ReadyPlan::default(),
+        };
+        Ok((lane, reply))
+    }
+
+    fn export_pool(&mut self, pool: &Arc<KvPool>) -> distkv_fabric::Result<RemoteKey> {
+        if let Some((exported, region, key)) = &self.exported {
+            if Arc::ptr_eq(exported, pool) {
+                return Ok(key.clone());
+            }
+            self.transport.deregister(*region)?;
+            self.exported = None;
+        }
+        let guard = LoanGuard { book: self.book.clone(), pool: pool.clone() };
+        let region = self.transport.register(pool.memory(), Access::Guarded(Arc::new(guard)))?;
+        let key = self.transport.remote_key(region)?;
+        self.exported = Some((pool.clone(), region, key.clone()));
+        Ok(key)
+    }
+
+    fn message(&mut self, peer: PeerId, payload: &[u8]) {
+        let Some(lane) = self.lanes.get_mut(&peer) else {
+            return self.expel(peer, "a message before the lane was opened");
+        };
+        let plan = match LaneMessage::decode(payload) {
+            Ok(LaneMessage::Plan(plan)) => plan,
+            Ok(_) => return self.expel(peer, "a message that only a creditor sends"),
+            Err(error) => return self.expel(peer, &error.to_string()),
+        };
+        let step = plan.step;
+        match lane.take_plan(&plan, self.book.as_ref()) {
+            Ok(placed) => {
+                self.stats.placed.fetch_add(placed, Ordering::Relaxed);
+            }
+            Err(reason) => {
+                lane.plan = ReadyPlan::default();
+                self.refuse(peer, step, reason);
+            }
+        }
+    }
+
+    fn query(&mut self, peer: PeerId, slot: u8) {
+        let taken_ns = monotonic_ns();
+        let Some(lane) = self.lanes.get_mut(&peer) else {
+            return self.expel(peer, "a query before the lane was opened");
+        };
+        let header = match lane.inbox.header(slot) {
+            Ok(header) => header,
+            Err(error) => return self.expel(peer, &error.to_string()),
+        };
+        let plan = &lane.plan;
+        let layer = header.layer as usize;
+        if header.step != plan.step || header.rows as usize != plan.rows || layer >= lane.hello.shape.layers as usize {
+            return self.refuse(peer, header.step, "a query that does not fit its step's plan".into());
+        }
+        let window = lane.hello.windows.get(layer).copied().filter(|&w| w > 0);
+        let (width, heads) = (lane.shape.heads * lane.shape.head_dim, lane.shape.heads);
+        let (o, lse) = lane.outbox.floats_mut(slot, plan.rows * (width + heads)).split_at_mut(plan.rows * width);
+        let q = lane.inbox.floats(slot, plan.rows * width);
+        self.kernel.micro_attention(&lane.shape, window, layer, &lane.pool, q, &plan.seqs, &plan.runs, o, lse);
+
+        // A loan that ended while we computed may have had its blocks granted
+        // to another: what was read is then worthless. Still in force now means
+        // it was all along.
+        if self.book.revision() != plan.revision
+            && let Some((loan, _)) = plan.loans.iter().find(|(loan, epoch)| {
+                self.book.terms(*loan).is_none_or(|t| t.debtor != lane.hello.debtor || t.epoch != *epoch)
+            })
+        {
+            let reason = format!("loan {} ended during the step", loan.0);
+            return self.refuse(peer, header.step, reason);
+        }
+        let answered_ns = monotonic_ns();
+        lane.outbox.set_header(slot, &SlotHeader { taken_ns, answered_ns, ..header });
+        let geometry = lane.outbox.geometry();
+        let write = Write {
+            local: lane.outbox_region,
+            local_offset: geometry.offset(slot) as u64,
+            len: geometry.partial_bytes(plan.rows) as u64,
+            remote: &lane.hello.partial_key,
+            remote_offset: geometry.offset(slot) as u64,
+            notify: Some(SlotNotify::Partial(slot).encode()),
+        };
+        let rows = plan.rows as u64;
+        if let Err(error) = self.transport.write(peer, write) {
+            return self.expel(peer, &error.to_string());
+        }
+        self.stats.answered.fetch_add(1, Ordering::Relaxed);
+        self.stats.rows.fetch_add(rows, Ordering::Relaxed);
+        self.stats.attention_ns.fetch_add(answered_ns - taken_ns, Ordering::Relaxed);
+    }
+
+    fn refuse(&mut self, peer: PeerId, step: u64, reason: String) {
+        self.stats.refused.fetch_add(1, Ordering::Relaxed);
+        tracing::warn!(step, %reason, "refused a step");
+        self.reply(peer, &LaneMessage::StepRefused { step, reason });
+    }
+
+    fn reply(&mut self, peer: PeerId, message: &LaneMessage) {
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        if let Err(error) = self.transport.send(peer, &bytes) {
+            self.expel(peer, &error.to_string());
+        }
+    }
+
+    fn expel(&mut self, peer: PeerId, reason: &str) {
+        self.stats.refused.fetch_add(1, Ordering::Relaxed);
+        tracing::warn!(?peer, reason, "closed a lane");
+        self.transport.disconnect(peer);
+        self.forget(peer);
+    }
+
+    fn forget(&mut self, peer: PeerId) {
+        if let Some(lane) = self.lanes.remove(&peer) {
+            for region in [lane.inbox_region, lane.outbox_region] {
+                // Only fails if it is not registered, which is what we want.
+                let _ = self.transport.deregister(region);
+            }
+        }
+    }
+}
+
+impl Lane {
+    /// Takes placements in and looks the step's blocks up. Returns how many
+    /// rBlocks were placed; on an error nothing of the step may be answered.
+    fn take_plan(&mut self, plan: &StepPlan, book: &dyn LoanBook) -> Result<u64, String> {
+        if plan.step <= self.plan.step {
+            return Err(format!("step {} after step {}", plan.step, self.plan.step));
+        }
+        if plan.rows() > self.hello.max_rows as usize {
+            return Err(format!("{} query rows on a lane of {}", plan.rows(), self.hello.max_rows));
+        }
+        let revision = book.revision();
+        if revision != self.plan.revision {
+            self.placed.retain(|loan, _| book.terms(*loan).is_some());
+        }
+        let in_force = |loan: LoanId| match book.terms(loan) {
+            Some(terms) if terms.debtor == self.hello.debtor => Ok(terms),
+            _ => Err(format!("loan {} is not this debtor's, or is over", loan.0)),
+        };
+        for p in &plan.placements {
+            in_force(p.loan)?;
+            if p.tokens == 0 || p.tokens > self.hello.shape.block_tokens || p.position.checked_add(p.tokens).is_none() {
+                return Err(format!("rBlock {} placed with {} tokens at {}", p.block, p.tokens, p.position));
+            }
+            let table = self.pool.table();
+            table
+                .begin_fill(p.block, p.loan)
+                .and_then(|()| table.publish(p.block, p.loan))
+                .map_err(|e| format!("rBlock {} under loan {}: {e}", p.block, p.loan.0))?;
+            let run = KvRun { block: p.block, position: p.position, tokens: p.tokens };
+            self.placed.entry(p.loan).or_default().push(run);
+        }
+        let ready = &mut self.plan;
+        ready.seqs.clear();
+        ready.runs.clear();
+        ready.loans.clear();
+        let mut row = 0;
+        for entry in &plan.entries {
+            let first_run = ready.runs.len();
+            for view in &entry.loans {
+                let terms = in_force(view.loan)?;
+                if terms.epoch != view.epoch {
+                    return Err(format!("loan {} is in epoch {}, not {}", view.loan.0, terms.epoch, view.epoch));
+                }
+                let placed = self.placed.get(&view.loan).map_or(&[][..], Vec::as_slice);
+                let visible = placed.get(..view.visible as usize).ok_or_else(|| {
+                    format!("{} rBlocks asked of loan {}, {} placed", view.visible, view.loan.0, placed.len())
+                })?;
+                ready.runs.extend_from_slice(visible);
+                ready.loans.push((view.loan, view.epoch));
+            }
+            ready.seqs.push(AttnSeq {
+                row,
+                rows: entry.rows,
+                position: entry.position,
+                run: first_run as u32,
+                runs: (ready.runs.len() - first_run) as u32,
+            });
+            row += entry.rows;
+        }
+        ready.rows = row as usize;
+        ready.step = plan.step;
+        ready.revision = revision;
+        Ok(plan.placements.len() as u64)
+    }
+}

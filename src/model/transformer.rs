@@ -1,0 +1,228 @@
+//! The transformer: weights on a device and the forward pass of one step,
+//! written once for every family and device.
+
+use crate::attention::LayerHook;
+use crate::device::{self, Device, StepInput};
+use crate::kv::pool::KvPool;
+
+use super::config::ModelConfig;
+use super::weights::{LayerParam, Param, WeightSource};
+
+/// Why a model could not be put on a device.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The files lack a parameter that the configuration requires.
+    #[error("the weights lack {0:?}")]
+    Missing(Param),
+    /// The device refused.
+    #[error("loading {param:?}: {source}")]
+    Device {
+        /// What was being loaded.
+        param: Param,
+        /// The device's reason.
+        source: device::DeviceError,
+    },
+    /// The device refused activation buffers.
+    #[error("allocating activations: {0}")]
+    Activations(#[from] device::DeviceError),
+}
+
+struct Layer<D: Device> {
+    attention_norm: D::Vector,
+    qkv: D::Matrix,
+    qkv_bias: Option<D::Vector>,
+    qk_norm: Option<(D::Vector, D::Vector)>,
+    output: D::Matrix,
+    output_bias: Option<D::Vector>,
+    mlp_norm: D::Vector,
+    gate_up: D::Matrix,
+    gate_up_bias: Option<D::Vector>,
+    down: D::Matrix,
+    down_bias: Option<D::Vector>,
+}
+
+/// Activations of one step, allocated once for the largest step.
+struct Scratch<D: Device> {
+    residual: D::Buffer,
+    normed: D::Buffer,
+    qkv: D::Buffer,
+    attended: D::Buffer,
+    lse: D::Buffer,
+    gate_up: D::Buffer,
+    activated: D::Buffer,
+    selected: D::Buffer,
+    logits: D::Buffer,
+}
+
+/// A model on a device.
+pub struct Transformer<D: Device> {
+    config: ModelConfig,
+    embedding: D::Matrix,
+    layers: Vec<Layer<D>>,
+    final_norm: D::Vector,
+    lm_head: Option<D::Matrix>,
+    scratch: Scratch<D>,
+    max_rows: usize,
+    max_logits: usize,
+}
+
+impl<D: Device> Transformer<D> {
+    /// Loads all weights, releasing each parameter's pages as it is packed, so
+    /// that the weights are never held twice; then allocates activations for
+    /// steps of up to `max_rows` rows and `max_logits` rows of logits.
+    /// `progress` is called with the bytes loaded so far.
+    pub fn load(
+        device: &mut D,
+        config: &ModelConfig,
+        source: &dyn WeightSource,
+        max_rows: usize,
+        max_logits: usize,
+        mut progress: impl FnMut(u64),
+    ) -> Result<Self, LoadError> {
+        let mut loader = Loader { device, source, loaded: 0, progress: &mut progress };
+        let embedding = loader.matrix(&[Param::Embedding])?;
+        let layers = (0..config.layers).map(|layer| loader.layer(layer)).collect::<Result<Vec<_>, _>>()?;
+        let final_norm = loader.vector(&[Param::FinalNorm])?;
+        let lm_head = if config.tied_embeddings { None } else { Some(loader.matrix(&[Param::LmHead])?) };
+
+        let shape = &config.attention;
+        let scratch = Scratch {
+            residual: device.buffer(max_rows, config.hidden)?,
+            normed: device.buffer(max_rows, config.hidden)?,
+            qkv: device.buffer(max_rows, shape.qkv_width())?,
+            attended: device.buffer(max_rows, shape.q_width())?,
+            lse: device.buffer(max_rows, shape.heads)?,
+            gate_up: device.buffer(max_rows, 2 * config.ffn)?,
+            activated: device.buffer(max_rows, config.ffn)?,
+            selected: device.buffer(max_logits, config.hidden)?,
+            logits: device.buffer(max_logits, config.vocab)?,
+        };
+        Ok(Self { config: config.clone(), embedding, layers, final_norm, lm_head, scratch, max_rows, max_logits })
+    }
+
+    /// The configuration it was loaded with.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Most rows of a step.
+    pub fn max_rows(&self) -> usize {
+        self.max_rows
+    }
+
+    /// Most rows of logits of a step.
+    pub fn max_logits(&self) -> usize {
+        self.max_logits
+    }
+
+    /// Computes one step: appends the KV of every row to `pool` and writes the
+    /// logits of `logit_rows` to `logits`, `[logit_rows, vocab]`. Returns when
+    /// they are there.
+    pub fn forward(
+        &mut self,
+        device: &mut D,
+        pool: &KvPool,
+        step: &StepInput<'_>,
+        logit_rows: &[u32],
+        hook: &mut impl LayerHook<D>,
+        logits: &mut [f32],
+    ) -> device::Result<()> {
+        let rows = step.tokens.len();
+        assert!(rows <= self.max_rows && logit_rows.len() <= self.max_logits, "the scheduler keeps to the limits");
+        let Self { config, scratch: s, .. } = self;
+        let (shape, eps) = (&config.attention, config.norm_eps);
+
+        device.begin_step(&config.rope, step)?;
+        device.embed(&self.embedding, &mut s.residual);
+        for (index, layer) in self.layers.iter().enumerate() {
+            device.rms_norm(&s.residual, rows, &layer.attention_norm, eps, &mut s.normed);
+            device.linear(&s.normed, rows, &layer.qkv, layer.qkv_bias.as_ref(), &mut s.qkv);
+            let qk_norm = layer.qk_norm.as_ref().map(|(q, k)| (q, k, eps));
+            device.rope_append(shape, qk_norm, index, pool, &mut s.qkv);
+            hook.queries_ready(index, device, &s.qkv);
+            device.attention(shape, config.window(index), index, pool, &s.qkv, &mut s.attended, &mut s.lse);
+            hook.local_done(index, device, &mut s.attended, &mut s.lse);
+            device.linear_add(&s.attended, rows, &layer.output, layer.output_bias.as_ref(), &mut s.residual);
+
+            device.rms_norm(&s.residual, rows, &layer.mlp_norm, eps, &mut s.normed);
+            device.linear(&s.normed, rows, &layer.gate_up, layer.gate_up_bias.as_ref(), &mut s.gate_up);
+            device.swiglu(&s.gate_up, rows, &mut s.activated);
+            device.linear_add(&s.activated, rows, &layer.down, layer.down_bias.as_ref(), &mut s.residual);
+        }
+        if logit_rows.is_empty() {
+            return Ok(());
+        }
+        let count = logit_rows.len();
+        device.gather(&s.residual, logit_rows, &mut s.selected);
+        device.rms_norm(&s.selected, count, &self.final_norm, eps, &mut s.normed);
+        let head = self.lm_head.as_ref().unwrap_or(&self.embedding);
+        device.linear(&s.normed, count, head, None, &mut s.logits);
+        device.download(&s.logits, count, logits);
+        Ok(())
+    }
+}
+
+struct Loader<'a, D: Device> {
+    device: &'a mut D,
+    source: &'a dyn WeightSource,
+    loaded: u64,
+    progress: &'a mut dyn FnMut(u64),
+}
+
+impl<D: Device> Loader<'_, D> {
+    fn layer(&mut self, index: usize) -> Result<Layer<D>, LoadError> {
+        use LayerParam as P;
+        let at = |p| Param::Layer(index, p);
+        let qk_norm = match self.optional(&[at(P::QNorm)])? {
+            Some(q) => Some((q, self.vector(&[at(P::KNorm)])?)),
+            None => None,
+        };
+        Ok(Layer {
+            attention_norm: self.vector(&[at(P::AttentionNorm)])?,
+            qkv: self.matrix(&[at(P::Q), at(P::K), at(P::V)])?,
+            qkv_bias: self.optional(&[at(P::QBias), at(P::KBias), at(P::VBias)])?,
+            qk_norm,
+            output: self.matrix(&[at(P::O)])?,
+            output_bias: self.optional(&[at(P::OBias)])?,
+            mlp_norm: self.vector(&[at(P::MlpNorm)])?,
+            gate_up: self.matrix(&[at(P::Gate), at(P::Up)])?,
+            gate_up_bias: self.optional(&[at(P::GateBias), at(P::UpBias)])?,
+            down: self.matrix(&[at(P::Down)])?,
+            down_bias: self.optional(&[at(P::DownBias)])?,
+        })
+    }
+
+    fn matrix(&mut self, params: &[Param]) -> Result<D::Matrix, LoadError> {
+        self.load(params, D::load_matrix)
+    }
+
+    fn vector(&mut self, params: &[Param]) -> Result<D::Vector, LoadError> {
+        self.load(params, D::load_vector)
+    }
+
+    /// Loads a vector whose first part is there; then all must be.
+    fn optional(&mut self, params: &[Param]) -> Result<Option<D::Vector>, LoadError> {
+        if self.source.get(params[0]).is_none() {
+            return Ok(None);
+        }
+        self.vector(params).map(Some)
+    }
+
+    fn load<T>(
+        &mut self,
+        params: &[Param],
+        load: impl FnOnce(&mut D, &[device::tensor::RawTensor<'_>]) -> device::Result<T>,
+    ) -> Result<T, LoadError> {
+        let parts = params
+            .iter()
+            .map(|&p| self.source.get(p).ok_or(LoadError::Missing(p)))
+            .collect::<Result<Vec<_>, _>>()?;
+        let loaded = load(self.device, &parts).map_err(|source| LoadError::Device { param: params[0], source })?;
+        self.loaded += parts.iter().map(|p| p.bytes.len() as u64).sum::<u64>();
+        for &param in params {
+            self.source.release(param);
+        }
+        (self.progress)(self.loaded);
+        Ok(loaded)
+    }
+}
