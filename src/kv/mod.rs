@@ -1,7 +1,13 @@
 //! Where each token's keys and values are: rBlocks, the lock-free rBlock
-//! table, the pool of physical blocks, and prefix reuse.
+//! table, the pool of physical blocks, block tables, and prefix reuse.
 
+pub mod block_table;
+pub mod entry;
 pub mod pool;
 pub mod prefix;
 pub mod rblock;
+pub mod sync;
 pub mod table;
+
+#[cfg(test)]
+mod tests;
