@@ -83,7 +83,9 @@ impl WriteGuard for LoanGuard {
         let in_layer = offset % self.pool.layer_stride() as u64;
         let (first, last) = (in_layer / layer_bytes, (in_layer + len.max(1) - 1) / layer_bytes);
         // A run of blocks must not reach from one layer's pool into the next.
-        if last >= u64::from(self.pool.blocks()) || offset / self.pool.layer_stride() as u64 >= u64::from(self.pool.shape().layers) {
+        if last >= u64::from(self.pool.blocks())
+            || offset / self.pool.layer_stride() as u64 >= u64::from(self.pool.shape().layers)
+        {
             return false;
         }
         (first..=last).all(|block| {
@@ -230,8 +232,7 @@ impl Creditor {
         };
         let inbox = Mailbox::new(geometry).map_err(|e| e.to_string())?;
         let outbox = Mailbox::new(geometry).map_err(|e| e.to_string())?;
-        let inbox_region =
-            self.transport.register(inbox.memory(), Access::RemoteWrite).map_err(|e| e.to_string())?;
+        let inbox_region = self.transport.register(inbox.memory(), Access::RemoteWrite).map_err(|e| e.to_string())?;
         let outbox_region = self.transport.register(outbox.memory(), Access::LocalOnly).map_err(|e| e.to_string())?;
         let query_key = self.transport.remote_key(inbox_region).map_err(|e| e.to_string())?;
         let shape = AttentionShape {

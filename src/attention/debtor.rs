@@ -350,7 +350,11 @@ impl Debtor {
     /// Sends the step's plans. `parts` name only creditors whose lane is open
     /// (others are reported lost); `streaming` are rBlocks that this step
     /// fills and that are written out layer by layer.
-    pub fn begin_step(&mut self, parts: impl IntoIterator<Item = RemotePart>, streaming: impl IntoIterator<Item = BlockMove>) {
+    pub fn begin_step(
+        &mut self,
+        parts: impl IntoIterator<Item = RemotePart>,
+        streaming: impl IntoIterator<Item = BlockMove>,
+    ) {
         self.step += 1;
         for lane in self.lanes.values_mut() {
             lane.plan.entries.clear();

@@ -6,6 +6,7 @@ pub mod entry;
 pub mod pool;
 pub mod prefix;
 pub mod rblock;
+pub mod step;
 pub mod sync;
 pub mod table;
 

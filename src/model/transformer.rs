@@ -213,10 +213,8 @@ impl<D: Device> Loader<'_, D> {
         params: &[Param],
         load: impl FnOnce(&mut D, &[device::tensor::RawTensor<'_>]) -> device::Result<T>,
     ) -> Result<T, LoadError> {
-        let parts = params
-            .iter()
-            .map(|&p| self.source.get(p).ok_or(LoadError::Missing(p)))
-            .collect::<Result<Vec<_>, _>>()?;
+        let parts =
+            params.iter().map(|&p| self.source.get(p).ok_or(LoadError::Missing(p))).collect::<Result<Vec<_>, _>>()?;
         let loaded = load(self.device, &parts).map_err(|source| LoadError::Device { param: params[0], source })?;
         self.loaded += parts.iter().map(|p| p.bytes.len() as u64).sum::<u64>();
         for &param in params {

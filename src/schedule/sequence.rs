@@ -61,6 +61,8 @@ pub struct Sequence {
     pub loans: Vec<HeldLoan>,
     /// A further loan has been asked for.
     pub borrowing: bool,
+    /// How many blocks that was for.
+    pub asked: usize,
     /// Blocks that go to creditors as soon as they are computed.
     pub remote_goal: Range<usize>,
     /// Blocks it means to hold here once its prompt is computed.

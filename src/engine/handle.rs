@@ -1,4 +1,4 @@
-//! The step loop, and the handle through which requests reach it.
+//! The engine as everything above sees it: tokens in, a stream of tokens out.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,0 +1,512 @@
+//! The step loop: one thread that owns the device, the batch and the lanes to
+//! creditors. A turn takes commands in, computes one step, hands tokens out.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use distkv_fabric::Address;
+use tokio::sync::mpsc;
+
+use super::handle::{EngineHandle, EngineStats, Output, Rejected, Request, Submit};
+use super::requests::{Clients, LogitTap, Verdict};
+use crate::attention::debtor::{BlockMove, Debtor, LaneState, RemotePart};
+use crate::attention::exchange::ExchangeStats;
+use crate::attention::wire::{LoanView, Placement, PlanEntry};
+use crate::device::Device;
+use crate::kv::pool::KvPool;
+use crate::kv::prefix::PrefixCache;
+use crate::kv::rblock::InstanceId;
+use crate::model::transformer::Transformer;
+use crate::schedule::batch::{Batch, BatchItem, Spill};
+use crate::schedule::scheduler::{Ask, Scheduler, SchedulerConfig};
+use crate::schedule::sequence::{HeldLoan, SeqId};
+
+/// Commands that may wait for the engine to take them.
+const INBOX: usize = 4096;
+
+/// An engine's limits.
+#[derive(Clone, Copy, Debug)]
+pub struct EngineConfig {
+    /// Limits of a step.
+    pub schedule: SchedulerConfig,
+    /// Longest context, prompt and answer together.
+    pub max_model_len: usize,
+    /// Most requests in the queue.
+    pub max_waiting: usize,
+}
+
+/// Who gets rBlocks for the engine from elsewhere: the node's control plane.
+/// Calls return at once; answers come back as [`Command`]s.
+pub trait Treasury: Send {
+    /// Asks for `blocks` rBlocks for a sequence; answered by
+    /// [`Command::Granted`] or [`Command::Refused`].
+    fn borrow_blocks(&mut self, seq: SeqId, blocks: usize);
+    /// Gives a loan back.
+    fn repay(&mut self, loan: &HeldLoan);
+    /// The lane to a creditor failed, though the control plane may still hear
+    /// of it.
+    fn creditor_failed(&mut self, creditor: InstanceId, reason: &str);
+}
+
+/// A loan, and where its creditor is reached.
+#[derive(Clone, Debug)]
+pub struct GrantedLoan {
+    /// The loan.
+    pub loan: HeldLoan,
+    /// Addresses of the creditor's lanes.
+    pub addresses: Vec<Address>,
+    /// It is on this host.
+    pub same_host: bool,
+}
+
+/// What reaches the engine from outside.
+pub enum Command {
+    /// A request.
+    Submit {
+        /// What is asked.
+        request: Request,
+        /// Where its tokens go.
+        outputs: mpsc::UnboundedSender<Output>,
+        /// Set when its client has gone.
+        cancelled: Arc<AtomicBool>,
+    },
+    /// Creditors lent what was asked for.
+    Granted {
+        /// For this sequence.
+        seq: SeqId,
+        /// By these loans.
+        loans: Vec<GrantedLoan>,
+    },
+    /// Nobody lends that much.
+    Refused {
+        /// For this sequence.
+        seq: SeqId,
+        /// Why, for people.
+        reason: String,
+    },
+    /// A creditor is gone, and what it held with it.
+    CreditorLost {
+        /// Which.
+        creditor: InstanceId,
+        /// Why, for people.
+        reason: String,
+    },
+    /// What creditors have free, and what they could lend at most.
+    Lendable {
+        /// rBlocks free to be lent now.
+        free: usize,
+        /// rBlocks lent at most, when nothing is.
+        cap: usize,
+    },
+    /// Memory that had been lent from this instance's pool came back.
+    MemoryReturned,
+    /// Finish nothing more; end.
+    Stop,
+}
+
+/// What the engine shares with its handles.
+struct Shared {
+    inbox: SyncSender<Command>,
+    stats: Mutex<EngineStats>,
+    draining: Arc<AtomicBool>,
+    max_model_len: usize,
+    max_waiting: usize,
+    block_tokens: usize,
+    /// rBlocks here and, at most, with creditors.
+    reach: AtomicUsize,
+    /// Requests submitted and not yet taken.
+    queued: AtomicUsize,
+    pool: Arc<KvPool>,
+    exchange: Arc<ExchangeStats>,
+}
+
+impl Submit for Shared {
+    fn submit(
+        &self,
+        request: Request,
+        outputs: mpsc::UnboundedSender<Output>,
+        cancelled: Arc<AtomicBool>,
+    ) -> Result<(), Rejected> {
+        if self.draining.load(Ordering::Acquire) {
+            return Err(Rejected::Draining);
+        }
+        let limit = self.max_model_len.min(self.reach.load(Ordering::Relaxed) * self.block_tokens);
+        let tokens = request.prompt.len() + 1;
+        if tokens > limit {
+            return Err(Rejected::TooLong { tokens, limit });
+        }
+        let waiting = self.stats().waiting + self.queued.load(Ordering::Relaxed);
+        if waiting >= self.max_waiting {
+            return Err(Rejected::Overloaded { waiting });
+        }
+        self.queued.fetch_add(1, Ordering::Relaxed);
+        self.inbox.try_send(Command::Submit { request, outputs, cancelled }).map_err(|_| {
+            self.queued.fetch_sub(1, Ordering::Relaxed);
+            Rejected::Overloaded { waiting }
+        })
+    }
+
+    fn stats(&self) -> EngineStats {
+        let counts = self.pool.table().counts();
+        let mut stats = self.stats.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        stats.blocks_total = counts.total as usize;
+        stats.blocks_free = counts.free as usize;
+        stats.blocks_lent = (counts.lent + counts.reserved) as usize;
+        stats.partials_rejected = self.exchange.rejected();
+        stats
+    }
+}
+
+/// The engine. See the module's page.
+pub struct Engine<D: Device> {
+    device: D,
+    model: Transformer<D>,
+    pool: Arc<KvPool>,
+    prefix: Arc<Mutex<PrefixCache>>,
+    scheduler: Scheduler,
+    debtor: Debtor,
+    treasury: Box<dyn Treasury>,
+    inbox: Receiver<Command>,
+    shared: Arc<Shared>,
+    clients: Clients,
+    /// Grants whose lanes are still being opened.
+    opening: Vec<(SeqId, Vec<HeldLoan>)>,
+    next_seq: SeqId,
+    max_model_len: usize,
+    batch: Batch,
+    moves: Vec<Spill>,
+    logits: Vec<f32>,
+    tap: Option<LogitTap>,
+    stopped: bool,
+}
+
+/// A running engine.
+pub struct Running {
+    /// For requests.
+    pub handle: EngineHandle,
+    /// For the node.
+    pub commands: SyncSender<Command>,
+    /// Set to refuse new requests.
+    pub draining: Arc<AtomicBool>,
+    /// Ends after [`Command::Stop`].
+    pub thread: JoinHandle<()>,
+}
+
+/// What an engine is made of.
+pub struct Parts<D: Device> {
+    /// The device.
+    pub device: D,
+    /// The model, loaded on it.
+    pub model: Transformer<D>,
+    /// Local KV.
+    pub pool: Arc<KvPool>,
+    /// Prefix reuse over it.
+    pub prefix: Arc<Mutex<PrefixCache>>,
+    /// The lanes to creditors.
+    pub debtor: Debtor,
+    /// The debtor's figures.
+    pub exchange: Arc<ExchangeStats>,
+    /// The control plane.
+    pub treasury: Box<dyn Treasury>,
+    /// Sees all logits, where given.
+    pub tap: Option<LogitTap>,
+}
+
+impl<D: Device + 'static> Engine<D>
+where
+    D::Matrix: 'static,
+    D::Vector: 'static,
+    D::Buffer: 'static,
+{
+    /// Starts the engine's thread. `treasury` is made with the sender of its
+    /// own answers.
+    pub fn start(
+        config: EngineConfig,
+        parts: Parts<D>,
+        inbox: (SyncSender<Command>, Receiver<Command>),
+    ) -> std::io::Result<Running> {
+        let (commands, inbox) = inbox;
+        let draining = Arc::new(AtomicBool::new(false));
+        let shared = Arc::new(Shared {
+            inbox: commands.clone(),
+            stats: Mutex::default(),
+            draining: draining.clone(),
+            max_model_len: config.max_model_len,
+            max_waiting: config.max_waiting,
+            block_tokens: parts.pool.shape().block_tokens as usize,
+            reach: AtomicUsize::new(parts.pool.blocks() as usize),
+            queued: AtomicUsize::new(0),
+            pool: parts.pool.clone(),
+            exchange: parts.exchange,
+        });
+        let vocab = parts.model.config().vocab;
+        let engine = Self {
+            device: parts.device,
+            model: parts.model,
+            scheduler: Scheduler::new(config.schedule, parts.pool.clone(), parts.prefix.clone()),
+            pool: parts.pool,
+            prefix: parts.prefix,
+            debtor: parts.debtor,
+            treasury: parts.treasury,
+            inbox,
+            shared: shared.clone(),
+            clients: Clients::default(),
+            opening: Vec::new(),
+            next_seq: 1,
+            max_model_len: config.max_model_len,
+            batch: Batch::default(),
+            moves: Vec::new(),
+            logits: vec![0.0; config.schedule.max_logits * vocab],
+            tap: parts.tap,
+            stopped: false,
+        };
+        let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run())?;
+        Ok(Running { handle: EngineHandle::new(shared), commands, draining, thread })
+    }
+
+    /// A channel for commands, to give to the treasury and then to `start`.
+    pub fn inbox() -> (SyncSender<Command>, Receiver<Command>) {
+        sync_channel(INBOX)
+    }
+
+    fn run(mut self) {
+        while !self.stopped {
+            self.take_commands();
+            let advanced = self.turn();
+            self.publish();
+            if !advanced && !self.stopped {
+                self.idle();
+            }
+        }
+        self.clients.fail_all("the node was stopped");
+        self.prefix.lock().unwrap_or_else(PoisonError::into_inner).clear(self.pool.table());
+    }
+
+    fn take_commands(&mut self) {
+        while let Ok(command) = self.inbox.try_recv() {
+            self.command(command);
+        }
+    }
+
+    /// Nothing can be computed: waits for a command, shortly where a lane is
+    /// opening, which only polling notices.
+    fn idle(&mut self) {
+        let wait = if self.opening.is_empty() { Duration::from_millis(50) } else { Duration::from_micros(200) };
+        match self.inbox.recv_timeout(wait) {
+            Ok(command) => self.command(command),
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => self.stopped = true,
+        }
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Submit { request, outputs, cancelled } => {
+                self.shared.queued.fetch_sub(1, Ordering::Relaxed);
+                let seq = self.next_seq;
+                self.next_seq += 1;
+                self.clients.add(seq, &request, outputs, cancelled);
+                if let Some(&bad) = request.prompt.iter().find(|&&t| t as usize >= self.model.config().vocab) {
+                    let vocab = self.model.config().vocab;
+                    return self.clients.fail(seq, format!("token {bad} is outside the vocabulary of {vocab}"));
+                }
+                if request.prompt.is_empty() {
+                    return self.clients.fail(seq, "the prompt has no token".into());
+                }
+                let limit = request.prompt.len().saturating_add(request.max_tokens).min(self.max_model_len);
+                let sequence = self.scheduler.sequence(seq, request.prompt, limit, request.prompt_logprobs);
+                self.scheduler.add(sequence);
+            }
+            Command::Granted { seq, loans } => {
+                for granted in &loans {
+                    self.debtor.open(granted.loan.creditor, &granted.addresses, granted.same_host);
+                }
+                self.opening.push((seq, loans.into_iter().map(|g| g.loan).collect()));
+            }
+            Command::Refused { seq, reason } => self.scheduler.refused(seq, &reason),
+            Command::CreditorLost { creditor, reason } => {
+                self.debtor.close(creditor);
+                self.lose(&[(creditor, reason)]);
+            }
+            Command::Lendable { free, cap } => {
+                self.shared.reach.store(self.pool.blocks() as usize + cap, Ordering::Relaxed);
+                self.scheduler.set_lendable(free);
+            }
+            Command::MemoryReturned => self.scheduler.memory_changed(),
+            Command::Stop => self.stopped = true,
+        }
+    }
+
+    /// One step, if there is one to compute.
+    fn turn(&mut self) -> bool {
+        for seq in self.clients.take_cancelled() {
+            self.scheduler.remove(seq);
+        }
+        self.debtor.poll();
+        self.settle_losses();
+        self.settle_grants();
+        self.move_blocks();
+        self.scheduler.next_batch(&mut self.batch);
+        self.handle_asks();
+        if self.batch.is_empty() {
+            return false;
+        }
+        self.step();
+        self.handle_asks();
+        true
+    }
+
+    fn step(&mut self) {
+        let streaming: Vec<BlockMove> = self.batch.spills.iter().map(block_move).collect();
+        let parts: Vec<RemotePart> =
+            self.batch.items.iter().flat_map(|item| remote_parts(&self.scheduler, item)).collect();
+        self.debtor.begin_step(parts, streaming.iter().copied());
+        let vocab = self.model.config().vocab;
+        let rows = self.batch.logit_rows.len();
+        let computed = self.model.forward(
+            &mut self.device,
+            &self.pool,
+            &self.batch.input(),
+            &self.batch.logit_rows,
+            &mut self.debtor,
+            &mut self.logits[..rows * vocab],
+        );
+        self.debtor.settle(&streaming);
+        self.settle_losses();
+        if let Err(error) = computed {
+            for item in &self.batch.items {
+                self.scheduler.remove(item.seq);
+                self.clients.fail(item.seq, format!("the step failed: {error}"));
+            }
+            return;
+        }
+        self.scheduler.complete(&self.batch);
+        self.deliver(vocab);
+    }
+
+    fn deliver(&mut self, vocab: usize) {
+        let (mut prompt, mut generated) = (0, 0);
+        for item in &self.batch.items {
+            // A sequence that was lost in this step is gone, and with it its rows.
+            let Some(sequence) = self.scheduler.get(item.seq) else { continue };
+            let logits = &mut self.logits[item.logits.start as usize * vocab..item.logits.end as usize * vocab];
+            if let Some(tap) = &mut self.tap {
+                let end = item.position as usize + item.rows.len();
+                let first = end - item.logits.len();
+                logits.chunks_exact(vocab).zip(first..).for_each(|(row, position)| tap(item.seq, position, row));
+            }
+            let end = item.position as usize + item.rows.len();
+            prompt += end.min(sequence.prompt_len).saturating_sub(item.position as usize);
+            match self.clients.advance(item, sequence, logits, vocab) {
+                Verdict::Continues(None) => {}
+                Verdict::Continues(Some(token)) => {
+                    generated += 1;
+                    self.scheduler.push_token(item.seq, token);
+                }
+                Verdict::Over => {
+                    generated += 1;
+                    self.scheduler.remove(item.seq);
+                }
+            }
+        }
+        let mut stats = self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        stats.prompt_tokens += prompt as u64;
+        stats.generated_tokens += generated;
+    }
+
+    /// Moves rBlocks to creditors between two steps, where memory is short.
+    fn move_blocks(&mut self) {
+        self.scheduler.plan_moves(&mut self.moves);
+        if self.moves.is_empty() {
+            return;
+        }
+        let moves: Vec<BlockMove> = self.moves.iter().map(block_move).collect();
+        self.debtor.write_blocks(&moves);
+        self.debtor.settle(&moves);
+        self.settle_losses();
+        self.scheduler.moved(&self.moves);
+    }
+
+    fn handle_asks(&mut self) {
+        for ask in self.scheduler.drain_asks() {
+            match ask {
+                Ask::Borrow { seq, blocks } => self.treasury.borrow_blocks(seq, blocks),
+                Ask::Repay(loan) => self.treasury.repay(&loan),
+                Ask::Fail { seq, message } => self.clients.fail(seq, message),
+            }
+        }
+    }
+
+    /// Hands on the grants whose lanes are all open.
+    fn settle_grants(&mut self) {
+        for (seq, loans) in std::mem::take(&mut self.opening) {
+            let mut states = loans.iter().map(|l| (l.creditor, self.debtor.state(l.creditor)));
+            if let Some((creditor, _)) = states.clone().find(|(_, s)| *s == LaneState::Absent) {
+                loans.iter().for_each(|loan| self.treasury.repay(loan));
+                self.scheduler.refused(seq, &format!("no lane to creditor {creditor}"));
+            } else if states.all(|(_, s)| s == LaneState::Open) {
+                self.scheduler.granted(seq, loans);
+            } else {
+                self.opening.push((seq, loans));
+            }
+        }
+    }
+
+    fn settle_losses(&mut self) {
+        let lost = self.debtor.finish_step();
+        for (creditor, reason) in &lost {
+            self.treasury.creditor_failed(*creditor, reason);
+        }
+        self.lose(&lost);
+    }
+
+    /// Fails the sequences that keep KV at creditors that were lost: nothing
+    /// computed without those keys may be shown.
+    fn lose(&mut self, lost: &[(InstanceId, String)]) {
+        for (creditor, reason) in lost {
+            for seq in self.scheduler.debts_to(*creditor) {
+                self.scheduler.remove(seq);
+                self.clients.fail(seq, format!("part of the request's KV was lost with creditor {creditor}: {reason}"));
+            }
+        }
+    }
+
+    fn publish(&self) {
+        let mut stats = self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        stats.running = self.scheduler.running();
+        stats.waiting = self.scheduler.waiting();
+        stats.blocks_borrowed = self.scheduler.borrowed();
+        stats.preemptions = self.scheduler.preemptions();
+        stats.cached_tokens = self.scheduler.cached_tokens();
+        stats.blocks_cached = self.prefix.lock().unwrap_or_else(PoisonError::into_inner).len();
+    }
+}
+
+fn block_move(spill: &Spill) -> BlockMove {
+    BlockMove {
+        creditor: spill.creditor,
+        local: spill.local.index,
+        placement: Placement { loan: spill.loan, block: spill.block, position: spill.position, tokens: spill.tokens },
+    }
+}
+
+/// The parts of a batch item's KV that lie with creditors, one a creditor.
+fn remote_parts(scheduler: &Scheduler, item: &BatchItem) -> Vec<RemotePart> {
+    let mut parts: Vec<RemotePart> = Vec::new();
+    let loans = scheduler.get(item.seq).map_or(&[][..], |s| &s.loans);
+    for held in loans.iter().filter(|l| l.placed > 0) {
+        let view = LoanView { loan: held.loan, epoch: held.epoch, visible: held.placed as u32 };
+        match parts.iter_mut().find(|p| p.creditor == held.creditor) {
+            Some(part) => part.entry.loans.push(view),
+            None => parts.push(RemotePart {
+                creditor: held.creditor,
+                rows: item.rows.clone(),
+                entry: PlanEntry { rows: item.rows.len() as u32, position: item.position, loans: vec![view] },
+            }),
+        }
+    }
+    parts
+}
