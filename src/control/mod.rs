@@ -1,1 +1,14 @@
-//! control.
+//! The control plane, sans-IO: membership, the ledger, lending and borrowing.
+//! No socket, clock, thread or unseeded chance is in here, so the same code
+//! runs in a node and, thousands of seeds a night, in a simulator.
+
+mod codec;
+pub mod controller;
+pub mod debts;
+pub mod ledger;
+pub mod membership;
+pub mod message;
+pub mod rmanager;
+
+#[cfg(test)]
+mod tests;

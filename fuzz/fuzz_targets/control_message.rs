@@ -1,0 +1,14 @@
+//! Any bytes give a control message or an error, and a message has exactly one
+//! encoding.
+#![no_main]
+
+use distkv::control::message::Message;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    if let Ok(message) = Message::decode(bytes) {
+        let mut again = Vec::with_capacity(bytes.len());
+        message.encode(&mut again);
+        assert_eq!(again, bytes);
+    }
+});
