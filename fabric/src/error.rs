@@ -29,6 +29,15 @@ pub enum Error {
     /// The payload of a send or hello is too long.
     #[error("a message of {0} bytes is over the limit of {limit}", limit = crate::MAX_SEND)]
     TooLong(usize),
+    /// Too much is queued for this peer already: it does not read as fast as we
+    /// post. Poll the transport until the queue has drained, then post again.
+    #[error("{queued} bytes are queued for {peer:?}: poll, then post again")]
+    Full {
+        /// The slow peer.
+        peer: PeerId,
+        /// Bytes of messages and of write descriptors that wait for it.
+        queued: usize,
+    },
     /// A region registered for local use was asked for its key.
     #[error("region {0:?} is not registered for remote writes")]
     NotExported(RegionId),

@@ -14,8 +14,13 @@
 //! Every transport passes the one suite in `tests/suite.rs`.
 
 mod error;
+#[doc(hidden)]
+pub mod frame;
+mod key;
 pub mod loopback;
 mod memory;
+mod peers;
+mod regions;
 pub mod shm;
 pub mod tcp;
 
@@ -27,6 +32,11 @@ pub use memory::Memory;
 
 /// Largest payload of [`Transport::send`] and of a connection's hello, bytes.
 pub const MAX_SEND: usize = 1 << 20;
+
+/// How much may be queued for one peer, in bytes: a message counts with its
+/// payload and header, a write only with its descriptor. A post beyond it is
+/// refused with [`Error::Full`], except that an empty queue takes any post.
+pub const QUEUE_LIMIT: usize = 8 << 20;
 
 /// A connection, as the transport that owns it names it. Never reused within
 /// one transport, so an event of a closed connection cannot be mistaken for
@@ -167,15 +177,16 @@ pub trait Transport: Send {
     fn connect(&mut self, address: &Address, hello: &[u8]) -> Result<PeerId>;
 
     /// Closes a connection. The other side sees `Closed`; this side sees
-    /// nothing more of it.
+    /// nothing more of it. What is still queued here is dropped.
     fn disconnect(&mut self, peer: PeerId);
 
     /// Posts a message of at most [`MAX_SEND`] bytes; copied before return.
+    /// [`Error::Full`] where the peer lags by more than [`QUEUE_LIMIT`].
     fn send(&mut self, peer: PeerId, payload: &[u8]) -> Result<()>;
 
     /// Posts a write. Errors are those the caller can mend (unknown peer or
-    /// region, range outside the region); what the network does to it shows as
-    /// `Closed`.
+    /// region, range outside the region, queue full); what the network does to
+    /// it shows as `Closed`.
     fn write(&mut self, peer: PeerId, write: Write<'_>) -> Result<()>;
 
     /// Writes to `peer` whose source bytes are still needed.

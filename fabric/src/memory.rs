@@ -113,6 +113,17 @@ impl Memory {
         Ok(())
     }
 
+    /// Copies `len` bytes to `to`. The ranges must not overlap if both are of
+    /// the same memory; a copy that does gives unspecified bytes.
+    pub fn copy_to(&self, offset: usize, to: &Memory, to_offset: usize, len: usize) -> Result<()> {
+        self.check(offset, len)?;
+        to.check(to_offset, len)?;
+        // SAFETY: both ranges are in range; `copy` allows overlap; as in `read`
+        // a concurrent writer can only tear bytes.
+        unsafe { std::ptr::copy(self.as_ptr().add(offset), to.as_ptr().add(to_offset), len) };
+        Ok(())
+    }
+
     /// Copies bytes in.
     pub fn write(&self, offset: usize, from: &[u8]) -> Result<()> {
         self.check(offset, from.len())?;

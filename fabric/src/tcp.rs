@@ -1,1 +1,344 @@
-//! tcp transport.
+//! The tcp transport: any two hosts, no special hardware.
+//!
+//! Sockets never block. A post that nothing is queued before goes to the
+//! socket in one system call, a write's bytes straight from its region; what
+//! the socket does not take waits in the connection's outbox. A poll receives
+//! with one system call a connection; the bulk of a write is received straight
+//! into its region. Every header is checked (kind, lengths, region, range,
+//! token, guard) before a byte lands; a peer that breaks the protocol loses
+//! its connection, the transport goes on and counts it in [`TcpStats`].
+
+mod connection;
+#[doc(hidden)]
+pub mod handshake;
+mod io;
+mod outbox;
+
+use std::collections::HashSet;
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
+
+use crate::frame::WriteFrame;
+use crate::key::{Key, Maker};
+use crate::peers::Peers;
+use crate::regions::Regions;
+use crate::{Access, Address, Error, Event, MAX_SEND, Memory, PeerId, RegionId, RemoteKey, Result, Transport};
+use crate::{Waker, Write};
+use connection::{Connection, Phase};
+
+const SCHEME: &str = "tcp://";
+
+/// Tokens of the readiness source that are no connection.
+const WAKER: u64 = u64::MAX;
+const LISTENER: u64 = u64::MAX - 1;
+
+/// Polls between two looks at the listener and the handshakes' deadlines.
+const HOUSEKEEPING: u32 = 64;
+
+/// How a tcp transport treats strangers.
+#[derive(Clone, Debug)]
+pub struct TcpConfig {
+    /// How long a handshake may take.
+    pub handshake_timeout: Duration,
+    /// How many accepted connections may be in their handshake; beyond it the
+    /// oldest is closed.
+    pub max_half_open: usize,
+    /// `host:port` told to others instead of the bound address, where that is
+    /// not how they reach us.
+    pub advertise: Option<String>,
+}
+
+impl Default for TcpConfig {
+    fn default() -> Self {
+        Self { handshake_timeout: Duration::from_secs(5), max_half_open: 64, advertise: None }
+    }
+}
+
+/// Counts since the transport was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TcpStats {
+    /// Connections that strangers opened, whatever became of them.
+    pub accepted: u64,
+    /// Connections closed because the peer broke the protocol, in the
+    /// handshake or later.
+    pub protocol_errors: u64,
+    /// Accepted connections that ended in their handshake: closed by the
+    /// stranger, too slow, or pushed out by others.
+    pub half_open_dropped: u64,
+}
+
+/// A transport over tcp sockets.
+pub struct TcpTransport {
+    listener: TcpListener,
+    address: Address,
+    config: TcpConfig,
+    regions: Regions,
+    peers: Peers<Connection>,
+    /// Accepted connections in their handshake, oldest first.
+    half_open: Vec<PeerId>,
+    epoll: OwnedFd,
+    wake: Arc<OwnedFd>,
+    polls: u32,
+    /// The next poll looks at the listener.
+    look: bool,
+    stats: TcpStats,
+    /// Causes of protocol errors that were logged.
+    logged: HashSet<String>,
+}
+
+impl TcpTransport {
+    /// Listens at `address`; port 0 takes any free one.
+    pub fn bind(address: SocketAddr, config: TcpConfig) -> Result<Self> {
+        let os = |e| Error::os("listening for fabric peers", e);
+        let listener = TcpListener::bind(address).map_err(os)?;
+        listener.set_nonblocking(true).map_err(os)?;
+        let told = match &config.advertise {
+            Some(name) => name.clone(),
+            None => listener.local_addr().map_err(os)?.to_string(),
+        };
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| Error::os("making an epoll", e))?;
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let wake = Arc::new(eventfd(0, flags).map_err(|e| Error::os("making an eventfd", e))?);
+        for (fd, token) in [(wake.as_fd(), WAKER), (listener.as_fd(), LISTENER)] {
+            epoll::add(&epoll, fd, epoll::EventData::new_u64(token), epoll::EventFlags::IN)
+                .map_err(|e| Error::os("watching a socket", e))?;
+        }
+        Ok(Self {
+            listener,
+            address: Address(format!("{SCHEME}{told}")),
+            config,
+            regions: Regions::default(),
+            peers: Peers::default(),
+            half_open: Vec::new(),
+            epoll,
+            wake,
+            polls: 0,
+            look: true,
+            stats: TcpStats::default(),
+            logged: HashSet::new(),
+        })
+    }
+
+    /// Counts since the transport was made.
+    pub fn stats(&self) -> TcpStats {
+        self.stats
+    }
+
+    fn add(&mut self, connection: Connection) -> Result<PeerId> {
+        let peer = self.peers.insert(connection)?;
+        let socket = &self.peers.get_mut(peer)?.socket;
+        let watched = epoll::add(&self.epoll, socket, epoll::EventData::new_u64(peer.0), epoll::EventFlags::IN);
+        if let Err(e) = watched {
+            self.peers.remove(peer);
+            return Err(Error::os("watching a socket", e));
+        }
+        Ok(peer)
+    }
+
+    /// Takes in strangers, and drops those whose time is up.
+    fn housekeeping(&mut self, sink: &mut dyn FnMut(Event<'_>)) {
+        while let Ok((stream, _)) = self.listener.accept() {
+            self.stats.accepted += 1;
+            let until = Instant::now() + self.config.handshake_timeout;
+            let ready = stream.set_nonblocking(true).and_then(|()| stream.set_nodelay(true));
+            if ready.is_err() {
+                continue;
+            }
+            if self.half_open.len() >= self.config.max_half_open.max(1) {
+                self.close(self.half_open[0], Error::Protocol("too many handshakes at once".into()), sink);
+            }
+            if let Ok(peer) = self.add(Connection::new(stream.into(), None, &[], until)) {
+                self.half_open.push(peer);
+            }
+        }
+        let now = Instant::now();
+        for slot in 0..self.peers.slots() {
+            if let Some((peer, connection)) = self.peers.at(slot)
+                && let Phase::Greeting { until } = connection.phase
+                && until <= now
+            {
+                let reason = match &connection.target {
+                    Some(address) => Error::Unreachable(address.clone(), "no answer in time".into()),
+                    None => Error::PeerGone,
+                };
+                self.close(peer, reason, sink);
+            }
+        }
+    }
+
+    /// Drops a connection and tells whoever may know of it.
+    fn close(&mut self, peer: PeerId, reason: Error, sink: &mut dyn FnMut(Event<'_>)) {
+        let Some(connection) = self.peers.remove(peer) else { return };
+        if let Error::Protocol(cause) = &reason {
+            self.stats.protocol_errors += 1;
+            // Once a cause: a stranger must not fill the log.
+            if self.logged.len() < 64 && self.logged.insert(cause.clone()) {
+                tracing::warn!(%cause, "closed a fabric connection; further ones for this cause are only counted");
+            }
+        }
+        if let Some(at) = self.half_open.iter().position(|p| *p == peer) {
+            self.half_open.remove(at);
+            self.stats.half_open_dropped += 1;
+        }
+        if connection.is_known() {
+            sink(Event::Closed { peer, reason });
+        }
+    }
+}
+
+fn resolve(address: &Address) -> Result<SocketAddr> {
+    let Some(name) = address.0.strip_prefix(SCHEME) else {
+        return Err(Error::BadAddress(address.clone(), "not tcp://host:port"));
+    };
+    let found = name.to_socket_addrs().map_err(|e| match e.kind() {
+        std::io::ErrorKind::InvalidInput => Error::BadAddress(address.clone(), "not tcp://host:port"),
+        _ => Error::Unreachable(address.clone(), e.to_string()),
+    });
+    found?.next().ok_or_else(|| Error::Unreachable(address.clone(), "the name has no address".into()))
+}
+
+impl Transport for TcpTransport {
+    fn name(&self) -> &'static str {
+        "tcp"
+    }
+
+    fn address(&self) -> Address {
+        self.address.clone()
+    }
+
+    fn register(&mut self, memory: &Arc<Memory>, access: Access) -> Result<RegionId> {
+        self.regions.register(memory, access)
+    }
+
+    fn deregister(&mut self, region: RegionId) -> Result<()> {
+        self.regions.deregister(region)
+    }
+
+    fn remote_key(&self, region: RegionId) -> Result<RemoteKey> {
+        self.regions.key(region, Maker::Tcp)
+    }
+
+    fn connect(&mut self, address: &Address, hello: &[u8]) -> Result<PeerId> {
+        if hello.len() > MAX_SEND {
+            return Err(Error::TooLong(hello.len()));
+        }
+        let to = resolve(address)?;
+        let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)
+            .map_err(|e| Error::os("making a socket", e))?;
+        sockopt::set_tcp_nodelay(&socket, true).map_err(|e| Error::os("making a socket", e))?;
+        match rustix::net::connect(&socket, &to) {
+            Ok(()) | Err(rustix::io::Errno::INPROGRESS) => {}
+            Err(e) => return Err(Error::Unreachable(address.clone(), e.to_string())),
+        }
+        let until = Instant::now() + self.config.handshake_timeout;
+        self.add(Connection::new(socket, Some(address.clone()), hello, until))
+    }
+
+    fn disconnect(&mut self, peer: PeerId) {
+        self.peers.remove(peer);
+    }
+
+    fn send(&mut self, peer: PeerId, payload: &[u8]) -> Result<()> {
+        if payload.len() > MAX_SEND {
+            return Err(Error::TooLong(payload.len()));
+        }
+        self.peers.get_mut(peer)?.send(peer, payload)
+    }
+
+    fn write(&mut self, peer: PeerId, write: Write<'_>) -> Result<()> {
+        let connection = self.peers.get_mut(peer)?;
+        let key = Key::decode(&write.remote.0, Maker::Tcp)?;
+        key.check(write.remote_offset, write.len)?;
+        let frame = WriteFrame {
+            region: key.region,
+            token: key.token,
+            offset: write.remote_offset,
+            len: write.len,
+            notify: write.notify,
+        };
+        connection.write(peer, &self.regions, &write, &frame)
+    }
+
+    fn pending(&self, peer: PeerId) -> usize {
+        self.peers.get(peer).map_or(0, |c| c.outbox.writes())
+    }
+
+    fn poll(&mut self, sink: &mut dyn FnMut(Event<'_>)) -> Result<usize> {
+        let mut events = 0;
+        let mut sink = |event: Event<'_>| {
+            events += 1;
+            sink(event);
+        };
+        self.polls = self.polls.wrapping_add(1);
+        if self.look || self.polls.is_multiple_of(HOUSEKEEPING) {
+            self.look = false;
+            self.housekeeping(&mut sink);
+        }
+        for slot in 0..self.peers.slots() {
+            let Some((peer, connection)) = self.peers.at(slot) else { continue };
+            if connection.has_output() {
+                connection.flush();
+            }
+            let was = connection.phase;
+            let received = connection.receive(peer, &self.regions, &mut sink);
+            if was != connection.phase {
+                self.half_open.retain(|p| *p != peer);
+            }
+            if let Err(reason) = received {
+                self.close(peer, reason, &mut sink);
+            }
+        }
+        Ok(events)
+    }
+
+    fn wait(&mut self, mut timeout: Duration) -> Result<()> {
+        let mut greeting = false;
+        for (peer, connection) in self.peers.iter_mut() {
+            greeting |= connection.phase != Phase::Open;
+            let writable = connection.has_output();
+            if writable != connection.told_writable {
+                let out = if writable { epoll::EventFlags::OUT } else { epoll::EventFlags::empty() };
+                let flags = epoll::EventFlags::IN | out;
+                epoll::modify(&self.epoll, &connection.socket, epoll::EventData::new_u64(peer.0), flags)
+                    .map_err(|e| Error::os("watching a socket", e))?;
+                connection.told_writable = writable;
+            }
+        }
+        if greeting {
+            timeout = timeout.min(self.config.handshake_timeout);
+            self.look = true;
+        }
+        let timeout = Timespec::try_from(timeout).map_err(|e| Error::os("waiting", e))?;
+        let mut ready = Vec::with_capacity(16);
+        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut ready), Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(Error::os("waiting for sockets", e)),
+        }
+        for event in &ready {
+            match event.data.u64() {
+                LISTENER => self.look = true,
+                WAKER => {
+                    let mut count = [0; 8];
+                    let _ = rustix::io::read(&*self.wake, &mut count);
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn waker(&self) -> Waker {
+        let wake = Arc::clone(&self.wake);
+        // A full counter has woken already.
+        Waker::new(move || {
+            let _ = rustix::io::write(&*wake, &1u64.to_ne_bytes());
+        })
+    }
+}

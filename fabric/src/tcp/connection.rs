@@ -1,0 +1,297 @@
+//! One connection: handshake, then frames out and frames in.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Instant;
+
+use super::handshake;
+use super::io::receive;
+use super::outbox::{Outbox, Outgoing};
+use crate::frame::{self, Frame, WriteFrame};
+use crate::regions::Regions;
+use crate::{Address, Error, Event, Notify, PeerId, QUEUE_LIMIT, Result, Write};
+
+/// Bytes received in one call besides those that go straight to a region. Long
+/// enough for many small frames, short enough that the start of a long write
+/// that lands in it costs little to move.
+const BUFFER: usize = 16 << 10;
+
+/// Most bytes taken from one connection in one poll, so that it does not keep
+/// the others waiting.
+const BUDGET: usize = 4 << 20;
+
+/// How far a connection has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Greetings are under way until the instant.
+    Greeting { until: Instant },
+    /// Frames may flow.
+    Open,
+}
+
+pub(super) struct Connection {
+    pub socket: OwnedFd,
+    pub phase: Phase,
+    /// Where we connected to; none if the peer connected to us.
+    pub target: Option<Address>,
+    /// The outbox's state that the readiness source was told of.
+    pub told_writable: bool,
+    hello: Vec<u8>,
+    reader: handshake::Reader,
+    /// Bytes of our greeting that the socket has not taken.
+    greeting: Vec<u8>,
+    pub outbox: Outbox,
+    /// Why nothing more can be sent; the receiving side has the last word.
+    broken: Option<Error>,
+    buffer: Box<[u8]>,
+    /// Received and not consumed: `buffer[start..end]`.
+    start: usize,
+    end: usize,
+    body: Body,
+}
+
+/// The payload that is being received.
+enum Body {
+    None,
+    Message { len: usize, got: Vec<u8> },
+    Write { region: u32, at: u64, left: u64, notify: Option<Notify> },
+}
+
+impl Connection {
+    /// A connection of which nothing is exchanged yet. `target` and a `hello`
+    /// if it is we who connect.
+    pub fn new(socket: OwnedFd, target: Option<Address>, hello: &[u8], until: Instant) -> Self {
+        let greeting = if target.is_some() { handshake::greeting(hello) } else { Vec::new() };
+        Self {
+            socket,
+            phase: Phase::Greeting { until },
+            target,
+            told_writable: false,
+            hello: Vec::new(),
+            reader: handshake::Reader::default(),
+            greeting,
+            outbox: Outbox::default(),
+            broken: None,
+            buffer: vec![0; BUFFER].into(),
+            start: 0,
+            end: 0,
+            body: Body::None,
+        }
+    }
+
+    /// May the owner of the transport know of it? Not of a stranger that has
+    /// not greeted.
+    pub fn is_known(&self) -> bool {
+        self.target.is_some() || self.phase == Phase::Open
+    }
+
+    /// Is there something that the socket has not taken?
+    pub fn has_output(&self) -> bool {
+        self.broken.is_none() && (!self.greeting.is_empty() || (self.phase == Phase::Open && !self.outbox.is_empty()))
+    }
+
+    fn direct(&self) -> bool {
+        self.phase == Phase::Open && self.greeting.is_empty() && self.outbox.is_empty() && self.broken.is_none()
+    }
+
+    /// Is there room for `cost` bytes more?
+    fn reserve(&mut self, peer: PeerId, cost: usize) -> Result<()> {
+        if self.outbox.is_empty() || self.outbox.bytes() + cost <= QUEUE_LIMIT {
+            return Ok(());
+        }
+        self.flush();
+        match self.outbox.bytes() {
+            queued if queued > 0 && queued + cost > QUEUE_LIMIT => Err(Error::Full { peer, queued }),
+            _ => Ok(()),
+        }
+    }
+
+    pub fn send(&mut self, peer: PeerId, payload: &[u8]) -> Result<()> {
+        if self.direct() {
+            let sent = self.outbox.send_message(self.socket.as_fd(), payload);
+            self.note(sent);
+            return Ok(());
+        }
+        self.reserve(peer, frame::MESSAGE_HEADER + payload.len())?;
+        if self.broken.is_none() {
+            self.outbox.push_message(payload);
+        }
+        Ok(())
+    }
+
+    /// Posts a write whose source range and key were checked.
+    pub fn write(&mut self, peer: PeerId, regions: &Regions, write: &Write<'_>, to: &WriteFrame) -> Result<()> {
+        let memory = regions.source(write.local, write.local_offset, write.len)?;
+        let (header, offset, len) = (frame::write_header(to), write.local_offset as usize, write.len as usize);
+        if self.direct() {
+            let sent = self.outbox.send_write(self.socket.as_fd(), header, memory, offset, len);
+            self.note(sent);
+            return Ok(());
+        }
+        self.reserve(peer, frame::WRITE_HEADER)?;
+        if self.broken.is_none() {
+            self.outbox.push_write(Outgoing { header, memory: memory.clone(), offset, len }, 0);
+        }
+        Ok(())
+    }
+
+    /// Hands the socket what is queued.
+    pub fn flush(&mut self) {
+        let sent = self.try_flush();
+        self.note(sent);
+    }
+
+    fn try_flush(&mut self) -> io::Result<()> {
+        if !self.greeting.is_empty() {
+            match super::io::send(self.socket.as_fd(), &[super::io::Part::Bytes(&self.greeting)]) {
+                Ok(sent) => drop(self.greeting.drain(..sent)),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(e) => return Err(e),
+            }
+        }
+        if self.greeting.is_empty() && self.phase == Phase::Open {
+            self.outbox.flush(self.socket.as_fd())?;
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, sent: io::Result<()>) {
+        if let Err(e) = sent {
+            self.outbox.clear();
+            self.greeting.clear();
+            self.broken = Some(self.gone(&e));
+        }
+    }
+
+    /// What a socket error means here.
+    fn gone(&self, error: &dyn std::fmt::Display) -> Error {
+        match (&self.target, self.phase) {
+            (Some(address), Phase::Greeting { .. }) => Error::Unreachable(address.clone(), error.to_string()),
+            _ => Error::PeerGone,
+        }
+    }
+
+    /// Takes in what has arrived. Events go to `sink`; the error is why the
+    /// connection has to be closed.
+    pub fn receive(&mut self, peer: PeerId, regions: &Regions, sink: &mut dyn FnMut(Event<'_>)) -> Result<()> {
+        let mut budget = BUDGET;
+        loop {
+            // What is received for a region beyond this call's buffer goes
+            // straight there.
+            let target = match self.body {
+                Body::Write { region, at, left, .. } if self.start == self.end => {
+                    let len = left.min(BUDGET as u64) as usize;
+                    Some((regions.still(region)?, at as usize, len))
+                }
+                _ => None,
+            };
+            let straight = target.map_or(0, |(_, _, len)| len);
+            // At most an incomplete header is left over.
+            self.buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+            let room = straight + self.buffer.len() - self.end;
+            let memory = target.map(|(memory, at, len)| (&**memory, at, len));
+            let got = match receive(self.socket.as_fd(), memory, &mut self.buffer[self.end..]) {
+                Ok(0) => return Err(self.gone(&"the connection was closed during the handshake")),
+                Ok(got) => got,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return self.broken.clone().map_or(Ok(()), Err),
+                Err(e) => return Err(self.broken.take().unwrap_or_else(|| self.gone(&e))),
+            };
+            self.end += got - got.min(straight);
+            if let Body::Write { at, left, .. } = &mut self.body {
+                *at += got.min(straight) as u64;
+                *left -= got.min(straight) as u64;
+            }
+            self.consume(peer, regions, sink)?;
+            budget = budget.saturating_sub(got);
+            // A short read emptied the socket: asking again would only tell so.
+            if got < room || budget == 0 {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Works through the received bytes until what is left is incomplete.
+    fn consume(&mut self, peer: PeerId, regions: &Regions, sink: &mut dyn FnMut(Event<'_>)) -> Result<()> {
+        if let Phase::Greeting { .. } = self.phase {
+            self.greet(peer, sink)?;
+        }
+        while self.phase == Phase::Open {
+            let bytes = &self.buffer[self.start..self.end];
+            match &mut self.body {
+                Body::None => match frame::decode(bytes) {
+                    Ok(None) => return Ok(()),
+                    Ok(Some((frame, header))) => {
+                        self.start += header;
+                        self.body = self.open_body(frame, regions)?;
+                    }
+                    Err(what) => return Err(Error::Protocol(what.into())),
+                },
+                Body::Message { len, got } => {
+                    let n = bytes.len().min(*len - got.len());
+                    let whole = got.is_empty() && n == *len;
+                    if whole {
+                        sink(Event::Message { peer, payload: &bytes[..n] });
+                    } else {
+                        got.extend(&bytes[..n]);
+                        if got.len() == *len {
+                            sink(Event::Message { peer, payload: got });
+                        }
+                    }
+                    self.start += n;
+                    if !whole && got.len() < *len {
+                        return Ok(());
+                    }
+                    self.body = Body::None;
+                }
+                Body::Write { region, at, left, notify } => {
+                    let n = (bytes.len() as u64).min(*left);
+                    regions.still(*region)?.write(*at as usize, &bytes[..n as usize])?;
+                    self.start += n as usize;
+                    *at += n;
+                    *left -= n;
+                    if *left > 0 {
+                        return Ok(());
+                    }
+                    if let Some(notify) = *notify {
+                        sink(Event::Notified { peer, notify });
+                    }
+                    self.body = Body::None;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What follows a header, if the header may stand.
+    fn open_body(&self, frame: Frame, regions: &Regions) -> Result<Body> {
+        match frame {
+            Frame::Message { len } => Ok(Body::Message { len, got: Vec::new() }),
+            Frame::Write(write) => {
+                regions.target(write.region, &write.token, write.offset, write.len, &self.hello)?;
+                Ok(Body::Write { region: write.region, at: write.offset, left: write.len, notify: write.notify })
+            }
+        }
+    }
+
+    fn greet(&mut self, peer: PeerId, sink: &mut dyn FnMut(Event<'_>)) -> Result<()> {
+        let fed = self.reader.feed(&self.buffer[self.start..self.end]);
+        let (taken, hello) = fed.map_err(|what| Error::Protocol(what.into()))?;
+        self.start += taken;
+        let Some(hello) = hello else { return Ok(()) };
+        self.phase = Phase::Open;
+        self.reader = handshake::Reader::default();
+        if self.target.is_some() {
+            if !hello.is_empty() {
+                return Err(Error::Protocol("an answer with a hello".into()));
+            }
+            sink(Event::Connected { peer });
+        } else {
+            self.greeting = handshake::greeting(&[]);
+            sink(Event::Accepted { peer, hello: &hello });
+            self.hello = hello;
+        }
+        self.flush();
+        Ok(())
+    }
+}
