@@ -2,6 +2,15 @@
 //! and the sampler.
 
 pub mod config;
+pub mod error;
+mod fields;
+pub mod gguf;
+pub mod hf;
+pub mod load;
+pub mod mapping;
+pub mod params;
+pub mod rope;
+pub mod safetensors;
 pub mod sampler;
 pub mod transformer;
 pub mod weights;

@@ -1,0 +1,10 @@
+//! GGUF files: a reader that takes any bytes and gives metadata and tensors or
+//! an error, and on top of it the model's configuration and weights.
+
+mod config;
+mod parse;
+mod source;
+
+pub use config::{GgufConfig, read_config};
+pub use parse::{Array, Gguf, Tensor, Value, parse};
+pub use source::GgufWeights;
