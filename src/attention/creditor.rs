@@ -3,7 +3,7 @@
 //!
 //! One [`Creditor`] owns one transport and is one thread; a node that is
 //! reached by shm and by tcp runs two. It shares nothing with the engine but
-//! the rBlock table and the [`LoanBook`], both read-only from here except for a
+//! the rBlock table and the [`LentPool`], both read-only from here except for a
 //! lent block's way from filling to live.
 
 use std::collections::BTreeMap;
@@ -15,32 +15,11 @@ use distkv_fabric::{Access, Event, PeerId, RegionId, RemoteKey, Transport, Write
 
 use super::mailbox::{Geometry, Mailbox, SLOTS};
 use super::wire::{LaneHello, LaneMessage, SlotHeader, SlotNotify, StepPlan};
+use crate::control::rmanager::LentPool;
 use crate::device::{AttentionShape, AttnSeq, HolderKernel};
 use crate::kv::pool::KvPool;
-use crate::kv::rblock::{BlockIndex, InstanceId, KvRun, LoanId};
+use crate::kv::rblock::{BlockIndex, KvRun, LoanId};
 use crate::kv::table::{RBlockTable, State};
-
-/// What a creditor must know of its instance's loans. Implemented by the
-/// rManager's published state; called once a step, never once a layer, but for
-/// [`revision`](Self::revision).
-pub trait LoanBook: Send + Sync {
-    /// The pool that is lent from; `None` while a pure lender has not been
-    /// given a shape yet.
-    fn pool(&self) -> Option<Arc<KvPool>>;
-    /// A loan that is in force.
-    fn terms(&self, loan: LoanId) -> Option<LoanTerms>;
-    /// Changes whenever a loan ends.
-    fn revision(&self) -> u64;
-}
-
-/// What was granted to whom.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LoanTerms {
-    /// Who borrowed.
-    pub debtor: InstanceId,
-    /// Told to the debtor with the grant; a query must quote it.
-    pub epoch: u32,
-}
 
 /// Counters of a creditor, readable from any thread.
 #[derive(Debug, Default)]
@@ -67,7 +46,7 @@ pub(crate) fn monotonic_ns() -> u64 {
 /// Lets a debtor write only into blocks that are lent to it and not yet
 /// complete.
 struct LoanGuard {
-    book: Arc<dyn LoanBook>,
+    book: Arc<LentPool>,
     pool: Arc<KvPool>,
 }
 
@@ -90,7 +69,7 @@ impl WriteGuard for LoanGuard {
         }
         (first..=last).all(|block| {
             let Some(loan) = fillable_loan(self.pool.table(), block as u32) else { return false };
-            self.book.terms(loan).is_some_and(|t| t.debtor == hello.debtor)
+            self.book.loan(loan).is_some_and(|t| t.debtor == hello.debtor)
         })
     }
 }
@@ -129,7 +108,7 @@ enum Owned {
 /// The creditor of one transport. See the module's page.
 pub struct Creditor {
     transport: Box<dyn Transport>,
-    book: Arc<dyn LoanBook>,
+    book: Arc<LentPool>,
     kernel: Box<dyn HolderKernel>,
     lanes: BTreeMap<PeerId, Lane>,
     /// The pool as registered, and its key; renewed when a pure lender is given
@@ -143,7 +122,7 @@ impl Creditor {
     /// A creditor that is not running yet.
     pub fn new(
         transport: Box<dyn Transport>,
-        book: Arc<dyn LoanBook>,
+        book: Arc<LentPool>,
         kernel: Box<dyn HolderKernel>,
         stats: Arc<CreditorStats>,
     ) -> Self {
@@ -220,7 +199,7 @@ impl Creditor {
     }
 
     fn open(&mut self, hello: LaneHello) -> Result<(Lane, LaneMessage), String> {
-        let pool = self.book.pool().ok_or("this lender has not granted a loan yet")?;
+        let pool = self.book.current().ok_or("this lender has not granted a loan yet")?;
         if *pool.shape() != hello.shape {
             return Err(format!("KV shapes differ: the debtor's {:?}, the creditor's {:?}", hello.shape, pool.shape()));
         }
@@ -281,7 +260,7 @@ impl Creditor {
             Err(error) => return self.expel(peer, &error.to_string()),
         };
         let step = plan.step;
-        match lane.take_plan(&plan, self.book.as_ref()) {
+        match lane.take_plan(&plan, &self.book) {
             Ok(placed) => {
                 self.stats.placed.fetch_add(placed, Ordering::Relaxed);
             }
@@ -315,9 +294,9 @@ impl Creditor {
         // A loan that ended while we computed may have had its blocks granted
         // to another: what was read is then worthless. Still in force now means
         // it was all along.
-        if self.book.revision() != plan.revision
+        if self.book.ended() != plan.revision
             && let Some((loan, _)) = plan.loans.iter().find(|(loan, epoch)| {
-                self.book.terms(*loan).is_none_or(|t| t.debtor != lane.hello.debtor || t.epoch != *epoch)
+                self.book.loan(*loan).is_none_or(|t| t.debtor != lane.hello.debtor || t.epoch != *epoch)
             })
         {
             let reason = format!("loan {} ended during the step", loan.0);
@@ -377,18 +356,18 @@ impl Creditor {
 impl Lane {
     /// Takes placements in and looks the step's blocks up. Returns how many
     /// rBlocks were placed; on an error nothing of the step may be answered.
-    fn take_plan(&mut self, plan: &StepPlan, book: &dyn LoanBook) -> Result<u64, String> {
+    fn take_plan(&mut self, plan: &StepPlan, book: &LentPool) -> Result<u64, String> {
         if plan.step <= self.plan.step {
             return Err(format!("step {} after step {}", plan.step, self.plan.step));
         }
         if plan.rows() > self.hello.max_rows as usize {
             return Err(format!("{} query rows on a lane of {}", plan.rows(), self.hello.max_rows));
         }
-        let revision = book.revision();
+        let revision = book.ended();
         if revision != self.plan.revision {
-            self.placed.retain(|loan, _| book.terms(*loan).is_some());
+            self.placed.retain(|loan, _| book.loan(*loan).is_some());
         }
-        let in_force = |loan: LoanId| match book.terms(loan) {
+        let in_force = |loan: LoanId| match book.loan(loan) {
             Some(terms) if terms.debtor == self.hello.debtor => Ok(terms),
             _ => Err(format!("loan {} is not this debtor's, or is over", loan.0)),
         };

@@ -57,6 +57,7 @@ pub struct LoanRecord {
 pub struct LentPool {
     current: RwLock<Option<Arc<KvPool>>>,
     version: AtomicU64,
+    ended: AtomicU64,
     loans: RwLock<BTreeMap<LoanId, Arc<LoanRecord>>>,
 }
 
@@ -77,6 +78,11 @@ impl LentPool {
         self.loans.read().unwrap_or_else(PoisonError::into_inner).get(&loan).cloned()
     }
 
+    /// Rises whenever a loan ends.
+    pub fn ended(&self) -> u64 {
+        self.ended.load(Ordering::Acquire)
+    }
+
     fn set_current(&self, pool: Option<Arc<KvPool>>) {
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = pool;
         self.version.fetch_add(1, Ordering::Release);
@@ -88,6 +94,7 @@ impl LentPool {
 
     fn remove(&self, loan: LoanId) {
         self.loans.write().unwrap_or_else(PoisonError::into_inner).remove(&loan);
+        self.ended.fetch_add(1, Ordering::Release);
     }
 }
 

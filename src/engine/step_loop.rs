@@ -18,7 +18,7 @@ use crate::attention::wire::{LoanView, Placement, PlanEntry};
 use crate::device::Device;
 use crate::kv::pool::KvPool;
 use crate::kv::prefix::PrefixCache;
-use crate::kv::rblock::InstanceId;
+use crate::kv::rblock::{InstanceId, LoanId};
 use crate::model::transformer::Transformer;
 use crate::schedule::batch::{Batch, BatchItem, Spill};
 use crate::schedule::scheduler::{Ask, Scheduler, SchedulerConfig};
@@ -93,6 +93,11 @@ pub enum Command {
         creditor: InstanceId,
         /// Why, for people.
         reason: String,
+    },
+    /// Loans ended without our doing, and what lay under them is gone.
+    LoansLost {
+        /// Which.
+        loans: Vec<(InstanceId, LoanId)>,
     },
     /// What creditors have free, and what they could lend at most.
     Lendable {
@@ -331,6 +336,14 @@ where
                 self.debtor.close(creditor);
                 self.lose(&[(creditor, reason)]);
             }
+            Command::LoansLost { loans } => {
+                for (creditor, loan) in loans {
+                    let users = self.scheduler.using(creditor, Some(loan));
+                    let message =
+                        format!("part of the request's KV was lost: creditor {creditor} ended loan {}", loan.0);
+                    users.into_iter().for_each(|seq| self.fail(seq, message.clone()));
+                }
+            }
             Command::Lendable { free, cap } => {
                 self.shared.reach.store(self.pool.blocks() as usize + cap, Ordering::Relaxed);
                 self.scheduler.set_lendable(free);
@@ -467,11 +480,15 @@ where
     /// computed without those keys may be shown.
     fn lose(&mut self, lost: &[(InstanceId, String)]) {
         for (creditor, reason) in lost {
-            for seq in self.scheduler.debts_to(*creditor) {
-                self.scheduler.remove(seq);
-                self.clients.fail(seq, format!("part of the request's KV was lost with creditor {creditor}: {reason}"));
-            }
+            let message = format!("part of the request's KV was lost with creditor {creditor}: {reason}");
+            let users = self.scheduler.using(*creditor, None);
+            users.into_iter().for_each(|seq| self.fail(seq, message.clone()));
         }
+    }
+
+    fn fail(&mut self, seq: SeqId, message: String) {
+        self.scheduler.remove(seq);
+        self.clients.fail(seq, message);
     }
 
     fn publish(&self) {

@@ -23,7 +23,7 @@ use crate::kv::block_table::{BlockTable, Placement};
 use crate::kv::entry::Owner;
 use crate::kv::pool::KvPool;
 use crate::kv::prefix::PrefixCache;
-use crate::kv::rblock::InstanceId;
+use crate::kv::rblock::{InstanceId, LoanId};
 use crate::kv::step::{AttnSeq, RowSlot};
 
 /// Fewest local blocks with which a prompt that borrows can make progress: one
@@ -242,10 +242,10 @@ impl Scheduler {
         Some(found)
     }
 
-    /// Sequences that keep KV, or mean to, at `creditor`.
-    pub fn debts_to(&self, creditor: InstanceId) -> Vec<SeqId> {
-        let owes = |s: &&Sequence| s.loans.iter().any(|l| l.creditor == creditor);
-        self.admitted.iter().filter(owes).map(|s| s.id).collect()
+    /// Sequences with a loan of `creditor`'s: any, or the one given.
+    pub fn using(&self, creditor: InstanceId, loan: Option<LoanId>) -> Vec<SeqId> {
+        let uses = |l: &HeldLoan| l.creditor == creditor && loan.is_none_or(|loan| l.loan == loan);
+        self.admitted.iter().filter(|s| s.loans.iter().any(uses)).map(|s| s.id).collect()
     }
 
     // ---- borrowing ----------------------------------------------------------

@@ -1,0 +1,308 @@
+//! The one impure loop of the control plane: feeds the controller with what the
+//! control transport, the engine and the clock say, and does what it asks.
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::{Receiver, Sender, SyncSender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use distkv_fabric::{Address, Event, PeerId, Transport, Waker};
+
+use crate::control::controller::{Controller, Input, Loan, LocalStats, Note, Output};
+use crate::control::ledger::Ledger;
+use crate::engine::{Command, GrantedLoan, Treasury};
+use crate::kv::rblock::{InstanceId, KvShape, LoanId};
+use crate::schedule::sequence::{HeldLoan, SeqId};
+
+/// What reaches the control loop from the node's other threads.
+pub(super) enum NodeCommand {
+    Borrow { seq: SeqId, blocks: usize },
+    Repay { creditor: InstanceId, loan: LoanId },
+    CreditorFailed { creditor: InstanceId, reason: String },
+    Drain,
+    Leave,
+}
+
+/// How other threads reach the control loop.
+#[derive(Clone)]
+pub(super) struct NodeLink {
+    pub(super) commands: Sender<NodeCommand>,
+    pub(super) waker: Waker,
+}
+
+impl NodeLink {
+    pub(super) fn tell(&self, command: NodeCommand) {
+        // A control loop that has ended needs no news.
+        if self.commands.send(command).is_ok() {
+            self.waker.wake();
+        }
+    }
+}
+
+impl Treasury for NodeLink {
+    fn borrow_blocks(&mut self, seq: SeqId, blocks: usize) {
+        self.tell(NodeCommand::Borrow { seq, blocks });
+    }
+
+    fn repay(&mut self, loan: &HeldLoan) {
+        self.tell(NodeCommand::Repay { creditor: loan.creditor, loan: loan.loan });
+    }
+
+    fn creditor_failed(&mut self, creditor: InstanceId, reason: &str) {
+        self.tell(NodeCommand::CreditorFailed { creditor, reason: reason.to_string() });
+    }
+}
+
+/// What the control plane knows, for other threads to read.
+#[derive(Clone, Default)]
+pub struct ClusterView(Arc<Mutex<(Ledger, bool)>>);
+
+impl ClusterView {
+    /// The ledger as of a moment ago.
+    pub fn ledger(&self) -> Ledger {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).0.clone()
+    }
+
+    /// Nothing is lent or borrowed any more, and nothing will be.
+    pub fn drained(&self) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).1
+    }
+
+    fn publish(&self, ledger: Ledger, drained: bool) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = (ledger, drained);
+    }
+}
+
+struct Creditor {
+    host: u64,
+    endpoints: Vec<Address>,
+}
+
+/// The loop's state.
+pub(super) struct ControlLoop {
+    pub(super) transport: Box<dyn Transport>,
+    pub(super) controller: Controller,
+    pub(super) inbox: Receiver<NodeCommand>,
+    /// The engine, where there is one.
+    pub(super) engine: Option<SyncSender<Command>>,
+    /// The engine's figures for the ledger row.
+    pub(super) figures: Box<dyn Fn() -> LocalStats + Send>,
+    pub(super) shape: Option<KvShape>,
+    pub(super) host: u64,
+    pub(super) view: ClusterView,
+}
+
+impl ControlLoop {
+    /// Runs until told to leave.
+    pub(super) fn run(mut self) {
+        let start = Instant::now();
+        let mut state = State::default();
+        let mut published = Duration::ZERO;
+        self.feed(start.elapsed(), &mut state, Input::Tick);
+        while !state.left {
+            self.take_commands(start, &mut state);
+            self.take_events(start, &mut state);
+            let now = start.elapsed();
+            if self.controller.deadline().is_some_and(|d| d <= now) {
+                let figures = (self.figures)();
+                self.feed(now, &mut state, Input::LocalRow(figures));
+                self.feed(now, &mut state, Input::Tick);
+            }
+            self.report_memory(&mut state);
+            if now >= published {
+                self.view.publish(self.controller.ledger(now), state.drained);
+                published = now + Duration::from_millis(50);
+            }
+            let until = self.controller.deadline().unwrap_or(now).max(now) - now;
+            if let Err(error) = self.transport.wait(until.min(Duration::from_millis(100))) {
+                tracing::error!(%error, "the control transport failed; this node is alone now");
+                break;
+            }
+        }
+        self.view.publish(self.controller.ledger(start.elapsed()), state.drained);
+    }
+
+    fn take_commands(&mut self, start: Instant, state: &mut State) {
+        while let Ok(command) = self.inbox.try_recv() {
+            let now = start.elapsed();
+            match command {
+                NodeCommand::Borrow { seq, blocks } => {
+                    self.feed(now, state, Input::Borrow { request: seq, blocks: blocks as u32 });
+                }
+                NodeCommand::Repay { creditor, loan } => self.feed(now, state, Input::RepayLoan { creditor, loan }),
+                NodeCommand::CreditorFailed { creditor, reason } => {
+                    tracing::warn!(%creditor, reason, "the lane to a creditor failed");
+                }
+                NodeCommand::Drain => self.feed(now, state, Input::Drain),
+                NodeCommand::Leave => {
+                    self.feed(now, state, Input::Leave);
+                    state.left = true;
+                }
+            }
+        }
+    }
+
+    fn take_events(&mut self, start: Instant, state: &mut State) {
+        let mut events = std::mem::take(&mut state.events);
+        let polled = self.transport.poll(&mut |event| {
+            events.push(match event {
+                Event::Connected { peer } => Happened::Connected(peer),
+                Event::Accepted { peer, .. } => Happened::Accepted(peer),
+                Event::Message { peer, payload } => Happened::Message(peer, payload.to_vec()),
+                // Nothing is exported here, so nothing can be notified of.
+                Event::Notified { peer, .. } => Happened::Foreign(peer),
+                Event::Closed { peer, reason } => Happened::Closed(peer, reason.to_string()),
+            });
+        });
+        if let Err(error) = polled {
+            tracing::error!(%error, "the control transport failed");
+        }
+        for event in events.drain(..) {
+            let now = start.elapsed();
+            match event {
+                Happened::Connected(peer) => {
+                    if let Some(address) = state.dialing.remove(&peer.0) {
+                        self.feed(now, state, Input::PeerConnected { conn: peer.0, address: &address });
+                    }
+                }
+                Happened::Accepted(peer) => self.feed(now, state, Input::PeerAccepted { conn: peer.0 }),
+                Happened::Message(peer, bytes) => {
+                    self.feed(now, state, Input::PeerMessage { conn: peer.0, bytes: &bytes });
+                }
+                Happened::Foreign(peer) => {
+                    self.transport.disconnect(peer);
+                    self.feed(now, state, Input::PeerClosed { conn: peer.0 });
+                }
+                Happened::Closed(peer, reason) => match state.dialing.remove(&peer.0) {
+                    Some(address) => {
+                        tracing::debug!(address, reason, "a member could not be reached");
+                        self.feed(now, state, Input::ConnectFailed { address: &address });
+                    }
+                    None => self.feed(now, state, Input::PeerClosed { conn: peer.0 }),
+                },
+            }
+        }
+        state.events = events;
+    }
+
+    fn feed(&mut self, now: Duration, state: &mut State, input: Input<'_>) {
+        self.controller.handle(now, input);
+        while let Some(output) = self.controller.poll_output() {
+            self.carry_out(now, state, output);
+        }
+    }
+
+    fn carry_out(&mut self, now: Duration, state: &mut State, output: Output) {
+        match output {
+            Output::Connect { address } => match self.transport.connect(&Address(address.clone()), b"") {
+                Ok(peer) => {
+                    state.dialing.insert(peer.0, address);
+                }
+                Err(error) => {
+                    tracing::debug!(address, %error, "a member could not be reached");
+                    self.controller.handle(now, Input::ConnectFailed { address: &address });
+                }
+            },
+            Output::Send { conn, bytes } => {
+                if let Err(error) = self.transport.send(PeerId(conn), &bytes) {
+                    tracing::debug!(conn, %error, "a control message was not sent");
+                    self.transport.disconnect(PeerId(conn));
+                    self.controller.handle(now, Input::PeerClosed { conn });
+                }
+            }
+            Output::Disconnect { conn } => self.transport.disconnect(PeerId(conn)),
+            Output::Granted { request, loans } => {
+                let loans = loans.into_iter().map(|loan| self.locate(state, loan)).collect();
+                self.tell_engine(Command::Granted { seq: request, loans });
+            }
+            Output::Refused { request, reason } => {
+                self.tell_engine(Command::Refused { seq: request, reason: reason.to_string() });
+            }
+            Output::LoansLost { loans } => {
+                let loans = loans.iter().map(|l| (l.creditor, l.loan)).collect();
+                self.tell_engine(Command::LoansLost { loans });
+            }
+            Output::CreditorUp { instance, host, endpoints } => {
+                let endpoints = endpoints.into_iter().map(Address).collect();
+                state.creditors.insert(instance, Creditor { host, endpoints });
+            }
+            Output::CreditorDown { instance } => {
+                state.creditors.remove(&instance);
+                let reason = "it left the cluster or stopped answering".to_string();
+                self.tell_engine(Command::CreditorLost { creditor: instance, reason });
+            }
+            Output::Note(note) => log(&note),
+            Output::Drained => state.drained = true,
+        }
+    }
+
+    fn locate(&self, state: &State, loan: Loan) -> GrantedLoan {
+        let creditor = state.creditors.get(&loan.creditor);
+        let same_host = creditor.is_some_and(|c| c.host == self.host);
+        // Shared memory is only an address on the same host.
+        let usable = |a: &&Address| same_host || !a.0.starts_with("shm://");
+        let addresses = creditor.map_or(&[][..], |c| &c.endpoints).iter().filter(usable).cloned().collect();
+        let Loan { creditor, loan, epoch, blocks, .. } = loan;
+        let loan = HeldLoan { creditor, loan, epoch, blocks, assigned: 0, placed: 0 };
+        GrantedLoan { loan, addresses, same_host }
+    }
+
+    /// Tells the engine what could be borrowed, and when lent memory is back.
+    fn report_memory(&mut self, state: &mut State) {
+        let Some(shape) = &self.shape else { return };
+        let lent = self.controller.rmanager().lent();
+        let (mut free, mut cap) = (0, 0);
+        let ledger = self.controller.ledger(Duration::ZERO);
+        for row in ledger.instances.iter().filter(|i| !i.me).filter_map(|i| i.row.as_ref()) {
+            let lendable = row.lendable(shape);
+            free += lendable as usize;
+            cap += if row.shape.as_ref() == Some(shape) { row.lend_cap } else { lendable } as usize;
+        }
+        if (free, cap) != state.lendable {
+            state.lendable = (free, cap);
+            self.tell_engine(Command::Lendable { free, cap });
+        }
+        if lent < state.lent {
+            self.tell_engine(Command::MemoryReturned);
+        }
+        state.lent = lent;
+    }
+
+    fn tell_engine(&self, command: Command) {
+        if let Some(engine) = &self.engine {
+            // An engine that has ended needs no news.
+            let _ = engine.send(command);
+        }
+    }
+}
+
+#[derive(Default)]
+struct State {
+    creditors: BTreeMap<InstanceId, Creditor>,
+    dialing: BTreeMap<u64, String>,
+    events: Vec<Happened>,
+    lendable: (usize, usize),
+    lent: u32,
+    drained: bool,
+    left: bool,
+}
+
+enum Happened {
+    Connected(PeerId),
+    Accepted(PeerId),
+    Message(PeerId, Vec<u8>),
+    Foreign(PeerId),
+    Closed(PeerId, String),
+}
+
+fn log(note: &Note) {
+    match note {
+        Note::Up(instance) => tracing::info!(%instance, "a member joined"),
+        Note::Down(instance, reason) => tracing::warn!(%instance, reason, "a member is gone"),
+        Note::Dropped { conn, reason } => tracing::warn!(conn, reason, "closed a control connection"),
+        Note::CreditorRefused(instance, reason) => tracing::debug!(%instance, ?reason, "a creditor refused"),
+        Note::Lapsed { debtor, loan, blocks } => {
+            tracing::warn!(%debtor, loan = loan.0, blocks, "a loan ended without being repaid");
+        }
+    }
+}

@@ -1,0 +1,470 @@
+//! Putting a node together and taking it apart.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use distkv_fabric::tcp::{TcpConfig, TcpTransport};
+use distkv_fabric::{Transport, Waker};
+
+use super::control_loop::{ClusterView, ControlLoop, NodeCommand, NodeLink};
+use super::transports::FabricChoice;
+use crate::attention::creditor::{Creditor, CreditorStats};
+use crate::attention::debtor::{Debtor, DebtorConfig};
+use crate::attention::exchange::ExchangeStats;
+use crate::control::controller::{Config, ConfigError, Controller, LocalStats};
+use crate::control::message::{Hello, Role};
+use crate::control::rmanager::{PoolSource, RManager};
+use crate::device::cpu::{CpuDevice, CpuHolder, CpuOptions, Math};
+use crate::device::{Device, DeviceError, HolderKernel};
+use crate::engine::{Command, Engine, EngineConfig, EngineHandle, EngineStats, LogitTap, Parts, Running};
+use crate::kv::pool::KvPool;
+use crate::kv::prefix::PrefixCache;
+use crate::kv::rblock::{InstanceId, KvDtype};
+use crate::model::config::ModelConfig;
+use crate::model::transformer::{LoadError, Transformer};
+use crate::model::weights::{LayerParam, Param, WeightSource};
+use crate::schedule::scheduler::SchedulerConfig;
+
+/// Times that rarely need a change.
+#[derive(Clone, Copy, Debug)]
+pub struct Tuning {
+    /// A loan that is not renewed for this long ends.
+    pub lease: Duration,
+    /// Time between heartbeats.
+    pub heartbeat: Duration,
+    /// A member silent for this long is gone.
+    pub lost_after: Duration,
+    /// A creditor that does not answer a query for this long is lost.
+    pub deadline: Duration,
+    /// How long a thread spins for an answer before it sleeps.
+    pub spin: Duration,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self {
+            lease: Duration::from_secs(10),
+            heartbeat: Duration::from_millis(200),
+            lost_after: Duration::from_secs(2),
+            deadline: Duration::from_secs(5),
+            spin: Duration::from_micros(50),
+        }
+    }
+}
+
+/// What every node is told.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// Names the cluster: members of another are not heard.
+    pub cluster: String,
+    /// Rank under a launcher.
+    pub rank: u32,
+    /// Control addresses (`tcp://host:port`) to join at.
+    pub join: Vec<String>,
+    /// Where the control plane and the tcp lanes listen.
+    pub fabric_listen: SocketAddr,
+    /// `host:port` of the HTTP server, for others to show.
+    pub http: String,
+    /// Transports of the lanes.
+    pub fabric: FabricChoice,
+    /// Share of the pool that may be lent, 0 ..= 1.
+    pub lend: f64,
+    /// Threads that answer queries over lent memory.
+    pub creditor_threads: usize,
+    /// Keep threads on their cores.
+    pub pin: bool,
+    /// Times.
+    pub tuning: Tuning,
+}
+
+/// What a node that runs a model is told of it.
+pub struct ModelParts {
+    /// The configuration.
+    pub config: ModelConfig,
+    /// The weights.
+    pub weights: Arc<dyn WeightSource>,
+    /// Element type of the KV.
+    pub kv_dtype: KvDtype,
+    /// Tokens an rBlock.
+    pub block_tokens: usize,
+    /// Bytes of local KV memory.
+    pub kv_bytes: usize,
+    /// Device threads.
+    pub threads: usize,
+    /// Precision of activations inside products.
+    pub math: Math,
+    /// Limits of a step.
+    pub schedule: SchedulerConfig,
+    /// Longest context.
+    pub max_model_len: usize,
+    /// Most requests in the queue.
+    pub max_waiting: usize,
+    /// Sees all logits, where given.
+    pub tap: Option<LogitTap>,
+    /// Called with the bytes of weights loaded so far.
+    pub progress: Box<dyn FnMut(u64) + Send>,
+}
+
+/// Why a node did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The fabric refused.
+    #[error("fabric: {0}")]
+    Fabric(#[from] distkv_fabric::Error),
+    /// The device refused.
+    #[error("device: {0}")]
+    Device(#[from] DeviceError),
+    /// The model could not be loaded.
+    #[error("model: {0}")]
+    Model(#[from] LoadError),
+    /// The control plane refused its configuration.
+    #[error("control: {0}")]
+    Control(#[from] ConfigError),
+    /// A thread could not be started.
+    #[error("starting a thread: {0}")]
+    Thread(#[from] std::io::Error),
+    /// The memory given is too small.
+    #[error("{given} bytes of KV memory hold {blocks} rBlocks of {block} bytes; give at least {least} bytes")]
+    Memory {
+        /// Bytes given.
+        given: usize,
+        /// Blocks that makes.
+        blocks: usize,
+        /// Bytes of a block.
+        block: usize,
+        /// Bytes of the fewest that make sense.
+        least: usize,
+    },
+}
+
+/// A running node.
+pub struct Node {
+    instance: InstanceId,
+    control_address: String,
+    engine: Option<Running>,
+    pool: Option<Arc<KvPool>>,
+    rmanager_pool: Arc<crate::control::rmanager::LentPool>,
+    exchange: Arc<ExchangeStats>,
+    creditor_stats: Arc<CreditorStats>,
+    view: ClusterView,
+    link: NodeLink,
+    stop: Arc<AtomicBool>,
+    wakers: Vec<Waker>,
+    threads: Vec<JoinHandle<()>>,
+    describe: String,
+}
+
+/// Fewest blocks with which an engine can do anything.
+const LEAST_BLOCKS: usize = 4;
+
+impl Node {
+    /// Starts a node that runs a model: loads the weights, allocates the pool,
+    /// starts all threads.
+    pub fn engine(config: &NodeConfig, mut model: ModelParts) -> Result<Self, NodeError> {
+        let shape = model.config.kv_shape(model.block_tokens, model.kv_dtype);
+        let blocks = model.kv_bytes / shape.block_bytes();
+        if blocks < LEAST_BLOCKS {
+            let (block, least) = (shape.block_bytes(), LEAST_BLOCKS * shape.block_bytes());
+            return Err(NodeError::Memory { given: model.kv_bytes, blocks, block, least });
+        }
+        let fingerprint = fingerprint(&model.config, model.weights.as_ref(), model.kv_dtype, model.math);
+        let mut device = CpuDevice::new(CpuOptions {
+            threads: model.threads,
+            pin: config.pin,
+            math: model.math,
+            max_rows: model.schedule.max_rows,
+        })?;
+        let transformer = Transformer::load(
+            &mut device,
+            &model.config,
+            model.weights.as_ref(),
+            model.schedule.max_rows,
+            model.schedule.max_logits,
+            &mut model.progress,
+        )?;
+        let pool = Arc::new(KvPool::new(shape, blocks as u32)?);
+        let prefix = Arc::new(Mutex::new(PrefixCache::new(&fingerprint, model.block_tokens)));
+        let source = PoolSource::Pool { pool: pool.clone(), prefix: Some(prefix.clone()) };
+        let mut assembly = Assembly::new(config, source, Role::Engine)?;
+        assembly.hello.model = Some(fingerprint);
+        assembly.hello.shape = Some(shape);
+
+        let exchange = Arc::new(ExchangeStats::default());
+        let windows = if model.config.windows.iter().all(Option::is_none) {
+            Vec::new()
+        } else {
+            (0..model.config.layers).map(|l| model.config.window(l).unwrap_or(0)).collect()
+        };
+        let debtor = Debtor::new(
+            DebtorConfig {
+                instance: assembly.hello.instance,
+                attention: model.config.attention,
+                windows,
+                max_rows: model.schedule.max_rows,
+                deadline: config.tuning.deadline,
+                spin: config.tuning.spin,
+            },
+            pool.clone(),
+            config.fabric.open(config.fabric_listen.ip())?,
+            exchange.clone(),
+        )?;
+        let inbox = Engine::<CpuDevice>::inbox();
+        let engine_config = EngineConfig {
+            schedule: model.schedule,
+            max_model_len: model.max_model_len,
+            max_waiting: model.max_waiting,
+        };
+        let describe = device.describe();
+        let parts = Parts {
+            device,
+            model: transformer,
+            pool: pool.clone(),
+            prefix,
+            debtor,
+            exchange: exchange.clone(),
+            treasury: Box::new(assembly.link.clone()),
+            tap: model.tap,
+        };
+        let running = Engine::start(engine_config, parts, inbox)?;
+        assembly.finish(config, Some(running), Some(pool), exchange, describe)
+    }
+
+    /// Starts a node that only lends `bytes` of memory.
+    pub fn lender(config: &NodeConfig, bytes: usize) -> Result<Self, NodeError> {
+        let assembly = Assembly::new(config, PoolSource::Bytes(bytes), Role::Lender)?;
+        let describe = format!("memory lender, {} threads", config.creditor_threads);
+        assembly.finish(config, None, None, Arc::default(), describe)
+    }
+
+    /// This instance.
+    pub fn instance(&self) -> InstanceId {
+        self.instance
+    }
+
+    /// Where others join it.
+    pub fn control_address(&self) -> &str {
+        &self.control_address
+    }
+
+    /// Takes requests, where the node runs a model.
+    pub fn handle(&self) -> Option<&EngineHandle> {
+        self.engine.as_ref().map(|e| &e.handle)
+    }
+
+    /// The engine's figures; a lender's are those of its memory.
+    pub fn stats(&self) -> EngineStats {
+        self.stats_source()()
+    }
+
+    /// As [`stats`](Self::stats), to be called without the node.
+    pub fn stats_source(&self) -> Arc<dyn Fn() -> EngineStats + Send + Sync> {
+        if let Some(handle) = self.handle().cloned() {
+            return Arc::new(move || handle.stats());
+        }
+        let lent = self.rmanager_pool.clone();
+        Arc::new(move || {
+            let counts = lent.current().map(|p| p.table().counts()).unwrap_or_default();
+            EngineStats {
+                blocks_total: counts.total as usize,
+                blocks_free: counts.free as usize,
+                blocks_lent: (counts.lent + counts.reserved) as usize,
+                ..EngineStats::default()
+            }
+        })
+    }
+
+    /// What the control plane knows.
+    pub fn view(&self) -> &ClusterView {
+        &self.view
+    }
+
+    /// The local pool, where the node runs a model.
+    pub fn pool(&self) -> Option<&Arc<KvPool>> {
+        self.pool.as_ref()
+    }
+
+    /// The pool that is lent from.
+    pub fn lent_pool(&self) -> Option<Arc<KvPool>> {
+        self.rmanager_pool.current()
+    }
+
+    /// Costs of remote exchanges as a debtor.
+    pub fn exchange(&self) -> &Arc<ExchangeStats> {
+        &self.exchange
+    }
+
+    /// Figures as a creditor.
+    pub fn creditor_stats(&self) -> &Arc<CreditorStats> {
+        &self.creditor_stats
+    }
+
+    /// For people: what it runs on.
+    pub fn describe(&self) -> &str {
+        &self.describe
+    }
+
+    /// Takes no new requests or loans from now on; what runs goes on.
+    pub fn drain(&self) {
+        if let Some(engine) = &self.engine {
+            engine.draining.store(true, Ordering::Release);
+        }
+        self.link.tell(NodeCommand::Drain);
+    }
+
+    /// Ends the node: the engine first (requests that still run fail), then it
+    /// leaves the cluster.
+    pub fn stop(mut self) {
+        if let Some(engine) = self.engine.take() {
+            // If the engine has ended by itself there is nothing to tell it.
+            let _ = engine.commands.send(Command::Stop);
+            if engine.thread.join().is_err() {
+                tracing::error!("the engine's thread panicked");
+            }
+        }
+        self.link.tell(NodeCommand::Leave);
+        self.stop.store(true, Ordering::Release);
+        self.wakers.iter().for_each(Waker::wake);
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a fabric thread panicked");
+            }
+        }
+    }
+}
+
+/// What all kinds of node have in common while they are put together.
+struct Assembly {
+    control: Box<dyn Transport>,
+    creditors: Vec<Box<dyn Transport>>,
+    rmanager: RManager,
+    hello: Hello,
+    link: NodeLink,
+    inbox: mpsc::Receiver<NodeCommand>,
+}
+
+impl Assembly {
+    fn new(config: &NodeConfig, source: PoolSource, role: Role) -> Result<Self, NodeError> {
+        let control = TcpTransport::bind(config.fabric_listen, TcpConfig::default())?;
+        let creditors = config.fabric.open(config.fabric_listen.ip())?;
+        let (commands, inbox) = mpsc::channel();
+        let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
+        let hello = Hello {
+            cluster: cluster_id(&config.cluster),
+            instance: InstanceId(rand::random()),
+            started,
+            role,
+            model: None,
+            shape: None,
+            control: vec![control.address().0],
+            creditor: creditors.iter().map(|t| t.address().0).collect(),
+            host: distkv_fabric::host_id(),
+            rank: config.rank,
+            http: config.http.clone(),
+        };
+        let link = NodeLink { commands, waker: control.waker() };
+        let rmanager = RManager::new(source, config.lend, config.tuning.lease);
+        Ok(Self { control: Box::new(control), creditors, rmanager, hello, link, inbox })
+    }
+
+    fn finish(
+        self,
+        config: &NodeConfig,
+        engine: Option<Running>,
+        pool: Option<Arc<KvPool>>,
+        exchange: Arc<ExchangeStats>,
+        describe: String,
+    ) -> Result<Node, NodeError> {
+        let lent = self.rmanager.lent_pool().clone();
+        let stop = Arc::new(AtomicBool::new(false));
+        let creditor_stats = Arc::new(CreditorStats::default());
+        let (mut threads, mut wakers) = (Vec::new(), Vec::new());
+        for transport in self.creditors {
+            wakers.push(transport.waker());
+            let options = CpuOptions { threads: config.creditor_threads, pin: config.pin, ..CpuOptions::default() };
+            let kernel: Box<dyn HolderKernel> = Box::new(CpuHolder::new(options)?);
+            let name = format!("creditor-{}", transport.name());
+            let creditor = Creditor::new(transport, lent.clone(), kernel, creditor_stats.clone());
+            let (stop, spin) = (stop.clone(), config.tuning.spin);
+            threads.push(std::thread::Builder::new().name(name).spawn(move || creditor.run(&stop, spin))?);
+        }
+        let instance = self.hello.instance;
+        let control_address = self.hello.control[0].clone();
+        let (shape, host) = (self.hello.shape, self.hello.host);
+        let controller = Controller::new(
+            Config {
+                heartbeat: config.tuning.heartbeat,
+                lost_after: config.tuning.lost_after,
+                ..Config::new(self.hello, config.join.clone())
+            },
+            self.rmanager,
+            rand::random(),
+        )?;
+        let view = ClusterView::default();
+        let commands: Option<SyncSender<Command>> = engine.as_ref().map(|e| e.commands.clone());
+        let handle = engine.as_ref().map(|e| e.handle.clone());
+        let figures = Box::new(move || {
+            let stats = handle.as_ref().map(EngineHandle::stats).unwrap_or_default();
+            LocalStats { running: stats.running as u32, waiting: stats.waiting as u32 }
+        });
+        let control = ControlLoop {
+            transport: self.control,
+            controller,
+            inbox: self.inbox,
+            engine: commands,
+            figures,
+            shape,
+            host,
+            view: view.clone(),
+        };
+        threads.push(std::thread::Builder::new().name("fabric".into()).spawn(move || control.run())?);
+        Ok(Node {
+            instance,
+            control_address,
+            engine,
+            pool,
+            rmanager_pool: lent,
+            exchange,
+            creditor_stats,
+            view,
+            link: self.link,
+            stop,
+            wakers,
+            threads,
+            describe,
+        })
+    }
+}
+
+fn cluster_id(name: &str) -> [u8; 16] {
+    let mut id = [0; 16];
+    id.copy_from_slice(&blake3::derive_key("distkv cluster id v1", name.as_bytes())[..16]);
+    id
+}
+
+/// Names everything that changes the KV of the same tokens: configuration,
+/// element types, and a sample of every weight. The same in every process.
+fn fingerprint(config: &ModelConfig, weights: &dyn WeightSource, dtype: KvDtype, math: Math) -> [u8; 32] {
+    const SAMPLE: usize = 4096;
+    let mut hasher = blake3::Hasher::new_derive_key("distkv model fingerprint v1");
+    hasher.update(format!("{config:?} {dtype:?} {math:?}").as_bytes());
+    let mut add = |param: Param| {
+        if let Some(tensor) = weights.get(param) {
+            hasher.update(format!("{param:?} {} {}x{}", tensor.dtype, tensor.rows, tensor.cols).as_bytes());
+            hasher.update(&tensor.bytes[..tensor.bytes.len().min(SAMPLE)]);
+        }
+    };
+    add(Param::Embedding);
+    for layer in 0..config.layers {
+        use LayerParam as P;
+        for param in [P::AttentionNorm, P::Q, P::K, P::V, P::O, P::MlpNorm, P::Gate, P::Up, P::Down] {
+            add(Param::Layer(layer, param));
+        }
+    }
+    add(Param::FinalNorm);
+    add(Param::LmHead);
+    *hasher.finalize().as_bytes()
+}
