@@ -3,54 +3,99 @@
 #![allow(unsafe_code)]
 
 use std::ops::Range;
+use std::ptr::NonNull;
 
-use bytemuck::{Pod, Zeroable};
+use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::device::{DeviceError, Result};
 
-/// One cache line.
-#[derive(Clone, Copy, Pod, Zeroable)]
-#[repr(C, align(64))]
-pub(super) struct Line([u8; 64]);
+/// Zeroed memory that begins on a page, with room to a whole one. Large pages
+/// where the system grants them: weights are read end to end every step, and
+/// small pages would cost a TLB miss every 4 KiB.
+pub(super) struct Aligned {
+    base: NonNull<u8>,
+    len: usize,
+}
 
-/// Zeroed bytes that begin on a cache line, with room to a whole line.
-#[derive(Default)]
-pub(super) struct Aligned(Vec<Line>);
+// SAFETY: it owns its memory, as a Vec does.
+unsafe impl Send for Aligned {}
+// SAFETY: as above.
+unsafe impl Sync for Aligned {}
+
+impl Default for Aligned {
+    /// Empty.
+    fn default() -> Self {
+        Self { base: NonNull::<Page>::dangling().cast(), len: 0 }
+    }
+}
+
+/// Stands for the alignment of an empty [`Aligned`].
+#[repr(align(4096))]
+struct Page;
 
 impl Aligned {
     /// At least `bytes` zeroed bytes.
     pub fn zeroed(bytes: usize) -> Result<Self> {
-        let mut aligned = Self::default();
-        aligned.grow(bytes)?;
-        Ok(aligned)
+        if bytes == 0 {
+            return Ok(Self::default());
+        }
+        let len = bytes
+            .checked_next_multiple_of(rustix::param::page_size())
+            .ok_or_else(|| DeviceError::OutOfMemory(format!("{bytes} bytes")))?;
+        // SAFETY: a fresh private mapping aliases nothing.
+        let base = unsafe {
+            rustix::mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        }
+        .map_err(|e| DeviceError::OutOfMemory(format!("cannot map {len} bytes: {e}")))?;
+        #[cfg(target_os = "linux")]
+        // SAFETY: the range was mapped just now. No matter if it is refused.
+        let _ = unsafe { rustix::mm::madvise(base, len, rustix::mm::Advice::LinuxHugepage) };
+        let base = NonNull::new(base.cast()).ok_or_else(|| DeviceError::System("mapping at address 0".into()))?;
+        Ok(Self { base, len })
     }
 
-    /// Makes room for `bytes` bytes; what is there stays.
+    /// Makes room for `bytes` bytes, at least doubling; what was there is lost.
     pub fn grow(&mut self, bytes: usize) -> Result<()> {
-        let lines = bytes.div_ceil(64);
-        if lines > self.0.len() {
-            self.0
-                .try_reserve(lines - self.0.len())
-                .map_err(|_| DeviceError::OutOfMemory(format!("cannot allocate {bytes} bytes")))?;
-            self.0.resize(lines, Line([0; 64]));
+        if bytes > self.len {
+            *self = Self::zeroed(bytes.max(2 * self.len))?;
         }
         Ok(())
     }
 
+    pub fn as_ptr(&self) -> *const u8 {
+        self.base.as_ptr()
+    }
+
     pub fn bytes(&self) -> &[u8] {
-        bytemuck::cast_slice(&self.0)
+        // SAFETY: mapped, initialised (zeroed) and ours.
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.len) }
     }
 
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        bytemuck::cast_slice_mut(&mut self.0)
+        // SAFETY: as in `bytes`, and borrowed for writing.
+        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.len) }
     }
 
     pub fn f32s(&self) -> &[f32] {
-        bytemuck::cast_slice(&self.0)
+        bytemuck::cast_slice(self.bytes())
     }
 
     pub fn f32s_mut(&mut self) -> &mut [f32] {
-        bytemuck::cast_slice_mut(&mut self.0)
+        bytemuck::cast_slice_mut(self.bytes_mut())
+    }
+}
+
+impl Drop for Aligned {
+    fn drop(&mut self) {
+        if self.len > 0 {
+            // SAFETY: mapped with this length; borrows have ended.
+            let _ = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
+        }
     }
 }
 

@@ -1,9 +1,19 @@
 //! The CPU device.
 
+pub mod bandwidth;
 mod buffer;
+mod format;
+mod format_blocks;
+mod gemm;
+mod gemv;
 mod matrix;
+mod product;
+#[cfg(test)]
+mod product_tests;
 pub mod quant;
 pub mod reference;
+mod rows;
+mod simd;
 mod step;
 pub mod threads;
 
@@ -12,8 +22,9 @@ use std::sync::Arc;
 
 pub use buffer::{Buffer, Vector};
 pub use matrix::Matrix;
+pub use simd::Isa;
 
-use buffer::{Aligned, Shared};
+use product::{Linear, Products};
 use step::Step;
 use threads::ThreadPool;
 
@@ -44,13 +55,16 @@ pub struct CpuOptions {
     pub math: Math,
     /// Most rows of a step.
     pub max_rows: usize,
+    /// Instruction set of the kernels; `None` takes the one that the variable
+    /// `DISTKV_CPU_ISA` names (`avx512`, `avx2`, `portable`), else the best.
+    pub isa: Option<Isa>,
 }
 
 impl Default for CpuOptions {
     /// A thread a core, pinned, exact, steps of up to 512 rows.
     fn default() -> Self {
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        Self { threads, pin: true, math: Math::Exact, max_rows: 512 }
+        Self { threads, pin: true, math: Math::Exact, max_rows: 512, isa: None }
     }
 }
 
@@ -58,59 +72,21 @@ impl Default for CpuOptions {
 pub struct CpuDevice {
     threads: ThreadPool,
     options: CpuOptions,
+    isa: Isa,
     step: Step,
-    scratch: Vec<Aligned>,
+    products: Products,
 }
 
 impl CpuDevice {
     /// Starts the threads.
     pub fn new(options: CpuOptions) -> Result<Self> {
+        let isa = options.isa.map_or_else(Isa::detect, Isa::checked)?;
         let threads = ThreadPool::new(options.threads, options.pin)?;
         let mut step = Step::default();
         step.reserve(options.max_rows);
-        let scratch = (0..threads.threads()).map(|_| Aligned::default()).collect();
-        Ok(Self { threads, options, step, scratch })
+        let products = Products::new(isa, options.math, threads.threads())?;
+        Ok(Self { threads, options, isa, step, products })
     }
-
-    fn product(&mut self, x: &Buffer, rows: usize, w: &Matrix, bias: Option<&Vector>, add: bool, out: &mut Buffer) {
-        let cols = w.cols();
-        assert!(x.cols() >= cols && out.cols() >= w.outs() && rows <= x.rows() && rows <= out.rows());
-        for scratch in &mut self.scratch {
-            scratch.grow(cols * 4).unwrap_or_else(|e| panic!("{e}"));
-        }
-        let scratch = Shared::new(&mut self.scratch);
-        let stride = out.cols();
-        let target = Shared::new(out.as_mut_slice());
-        self.threads.run(w.outs(), 16, &|thread, outs| {
-            #[allow(unsafe_code)]
-            // SAFETY: each thread of a fork has its own index.
-            let scratch = unsafe { scratch.range(thread..thread + 1) };
-            let row = &mut scratch[0].f32s_mut()[..cols];
-            for j in outs {
-                w.read_row(j, row);
-                let bias = bias.map_or(0.0, |b| b.as_slice()[j]);
-                for r in 0..rows {
-                    let sum = dot(&x.row(r)[..cols], row) + bias;
-                    #[allow(unsafe_code)]
-                    // SAFETY: feature j belongs to this chunk alone.
-                    let out = unsafe { target.range(r * stride + j..r * stride + j + 1) };
-                    out[0] = if add { out[0] + sum } else { sum };
-                }
-            }
-        });
-    }
-}
-
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0.0f32; 16];
-    let (a, a_rest) = a.as_chunks::<16>();
-    let (b, b_rest) = b.as_chunks::<16>();
-    for (a, b) in a.iter().zip(b) {
-        for i in 0..16 {
-            sums[i] += a[i] * b[i];
-        }
-    }
-    sums.iter().sum::<f32>() + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f32>()
 }
 
 impl Device for CpuDevice {
@@ -119,11 +95,13 @@ impl Device for CpuDevice {
     type Buffer = Buffer;
 
     fn describe(&self) -> String {
-        format!("cpu (portable, {} threads)", self.threads.threads())
+        format!("cpu ({:?}, {:?} math, {} threads)", self.isa, self.options.math, self.threads.threads())
     }
 
     fn load_matrix(&mut self, parts: &[RawTensor<'_>]) -> Result<Matrix> {
-        Matrix::new(parts)
+        let matrix = Matrix::new(parts, &mut self.threads)?;
+        self.products.reserve(self.options.max_rows, &matrix)?;
+        Ok(matrix)
     }
 
     fn load_vector(&mut self, parts: &[RawTensor<'_>]) -> Result<Vector> {
@@ -161,11 +139,11 @@ impl Device for CpuDevice {
     }
 
     fn linear(&mut self, x: &Buffer, rows: usize, weight: &Matrix, bias: Option<&Vector>, out: &mut Buffer) {
-        self.product(x, rows, weight, bias, false, out);
+        self.products.run(&mut self.threads, Linear { x, rows, weight, bias, add: false, out });
     }
 
     fn linear_add(&mut self, x: &Buffer, rows: usize, weight: &Matrix, bias: Option<&Vector>, out: &mut Buffer) {
-        self.product(x, rows, weight, bias, true, out);
+        self.products.run(&mut self.threads, Linear { x, rows, weight, bias, add: true, out });
     }
 
     fn rope_append(

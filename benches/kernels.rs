@@ -1,0 +1,93 @@
+//! The CPU's kernels one by one, each beside the floor measured in the same
+//! run: read bandwidth for what reads weights, the f32 peak for what computes.
+//!
+//! `cargo bench --bench kernels -- [filter] [--fast]`
+#![allow(missing_docs)]
+
+use std::time::Instant;
+
+use distkv::device::Device;
+use distkv::device::cpu::bandwidth::{ReadSweep, measure_peak};
+use distkv::device::cpu::{CpuDevice, CpuOptions, Math};
+use distkv::device::tensor::{DType, RawTensor};
+
+const THREADS: usize = 2;
+
+fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+fn noise(len: usize) -> Vec<u8> {
+    let mut state = 1u64;
+    (0..len)
+        .map(|_| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 56) as u8 & 0x3f
+        })
+        .collect()
+}
+
+fn main() {
+    let args: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
+    let math = if args.iter().any(|a| a == "--fast") { Math::Fast } else { Math::Exact };
+    let filter = args.iter().find(|a| !a.starts_with("--")).cloned().unwrap_or_default();
+    let mut device = CpuDevice::new(CpuOptions { threads: THREADS, math, ..CpuOptions::default() }).unwrap();
+    println!("{}", device.describe());
+    let mut sweep = ReadSweep::new(THREADS).unwrap();
+    let (outs, cols) = (14336usize, 4096usize);
+    println!("product of rows × {cols} by {outs} × {cols}");
+    for dtype in [DType::F32, DType::F16, DType::Bf16, DType::Q8_0, DType::Q4_0, DType::Q4_1, DType::Q4K, DType::Q6K] {
+        if !dtype.to_string().contains(&filter) {
+            continue;
+        }
+        let raw = noise(dtype.bytes(outs * cols).unwrap());
+        let part = RawTensor { dtype, rows: outs, cols, bytes: &raw };
+        // Copies, so that the rotation is larger than a cache.
+        let copies = (1 << 30) / raw.len();
+        let few: Vec<_> = (0..copies.max(2)).map(|_| device.load_matrix(&[part]).unwrap()).collect();
+        let bytes = few[0].bytes() as f64;
+        for rows in [1usize, 2, 4, 8, 12, 16, 32, 128, 512] {
+            let mut x = device.buffer(rows, cols).unwrap();
+            x.as_mut_slice().iter_mut().enumerate().for_each(|(i, x)| *x = (i % 17) as f32 * 0.1 - 0.8);
+            let mut out = device.buffer(rows, outs).unwrap();
+            let mut rates = Vec::new();
+            let mut times = Vec::new();
+            for round in 0..if rows > 16 { 3 } else { 5 } {
+                let weights = &few[round % few.len()..][..1];
+                let all = if rows > 16 { weights } else { &few[..] };
+                if rows <= 16 {
+                    rates.push(sweep.sweep());
+                } else {
+                    rates.push(measure_peak(THREADS).unwrap());
+                }
+                let start = Instant::now();
+                for w in all {
+                    device.linear(&x, rows, w, None, &mut out);
+                }
+                times.push(start.elapsed().as_secs_f64() / all.len() as f64);
+            }
+            let time = median(times);
+            let floor = median(rates);
+            if rows <= 16 {
+                let rate = bytes / time;
+                println!(
+                    "{dtype} rows {rows:3}: {:8.3} ms  {:6.2} GB/s of {:6.2} read: {:.2}",
+                    time * 1e3,
+                    rate / 1e9,
+                    floor / 1e9,
+                    rate / floor
+                );
+            } else {
+                let rate = 2.0 * (rows * outs * cols) as f64 / time;
+                println!(
+                    "{dtype} rows {rows:3}: {:8.3} ms  {:6.1} GF/s of {:6.1} f32 peak: {:.2}",
+                    time * 1e3,
+                    rate / 1e9,
+                    floor / 1e9,
+                    rate / floor
+                );
+            }
+        }
+    }
+}
