@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use crate::model::chat::ChatTemplate;
 use crate::model::config::ModelConfig;
 use crate::model::error::{ModelError, Result};
 use crate::model::gguf::{self, GgufWeights};
@@ -14,6 +15,7 @@ use crate::model::mapping::Mapping;
 use crate::model::params::OptionalParams;
 use crate::model::rope::RopeScaling;
 use crate::model::safetensors::SafetensorsWeights;
+use crate::model::tokenizer::Tokenizer;
 use crate::model::weights::WeightSource;
 
 /// Everything that a model's files say.
@@ -26,10 +28,24 @@ pub struct ModelFiles {
     pub scaling: RopeScaling,
     /// The weights, mapped.
     pub weights: Arc<dyn WeightSource>,
+    /// The tokenizer, where the model has one.
+    pub tokenizer: Option<Tokenizer>,
+    /// The chat template, where the model has one.
+    pub chat: Option<ChatTemplate>,
     /// The file's or directory's name without extension.
     pub name: String,
     /// What the model's author recommends for sampling.
     pub generation: GenerationDefaults,
+}
+
+impl ModelFiles {
+    /// The chat template, or an error that says that a chat needs one.
+    pub fn chat(&self) -> Result<&ChatTemplate> {
+        self.chat.as_ref().ok_or_else(|| {
+            let problem = format!("{} has none, and a chat needs one; use plain completions", self.name);
+            ModelError::Chat(problem)
+        })
+    }
 }
 
 /// Opens the model at `path`. Reads configuration, headers and tokenizer; the
@@ -64,12 +80,15 @@ fn open_hf(dir: &Path) -> Result<ModelFiles> {
         .ok_or_else(|| ModelError::file(&dir.display().to_string(), "has no config.json"))?;
     let generation = read_json(&dir.join("generation_config.json"))?;
     let parsed = hf::parse(&config, generation.as_ref())?;
+    let tokenizer = Tokenizer::open(dir)?;
     let weights = SafetensorsWeights::open(dir, &parsed.model, parsed.params)?;
     Ok(ModelFiles {
         config: parsed.model,
         params: parsed.params,
         scaling: parsed.scaling,
         weights: Arc::new(weights),
+        tokenizer,
+        chat: ChatTemplate::open(dir)?,
         name: name(dir),
         generation: generation.as_ref().map(hf::parse_generation).transpose()?.unwrap_or_default(),
     })
@@ -80,6 +99,12 @@ fn open_gguf(path: &Path) -> Result<ModelFiles> {
     let parsed = gguf::parse(mapping.name(), mapping.bytes())?;
     let config = gguf::read_config(&parsed)?;
     let weights = GgufWeights::new(mapping.clone(), &parsed, &config.model, config.params)?;
+    let tokenizer = Tokenizer::from_gguf(&parsed)?;
+    let template = parsed.get("tokenizer.chat_template").and_then(|v| v.as_str());
+    let chat = match (template, &tokenizer) {
+        (Some(template), Some(tokenizer)) => Some(ChatTemplate::with_tokenizer(mapping.name(), template, tokenizer)?),
+        _ => None,
+    };
     // The vocabulary's strings are not read again.
     let header = parsed.tensors.iter().map(|t| t.start).min().unwrap_or(mapping.bytes().len());
     mapping.release(0, header);
@@ -88,6 +113,8 @@ fn open_gguf(path: &Path) -> Result<ModelFiles> {
         params: config.params,
         scaling: config.scaling,
         weights: Arc::new(weights),
+        tokenizer,
+        chat,
         name: name(path),
         generation: GenerationDefaults::default(),
     })

@@ -1,6 +1,7 @@
 //! Models: configuration, weights, tokenizer, chat template, the transformer
 //! and the sampler.
 
+pub mod chat;
 pub mod config;
 pub mod error;
 mod fields;
@@ -12,5 +13,6 @@ pub mod params;
 pub mod rope;
 pub mod safetensors;
 pub mod sampler;
+pub mod tokenizer;
 pub mod transformer;
 pub mod weights;

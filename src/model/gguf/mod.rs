@@ -5,6 +5,7 @@ mod config;
 mod parse;
 mod source;
 
+pub(crate) use config::id as token_id;
 pub use config::{GgufConfig, read_config};
 pub use parse::{Array, Gguf, Tensor, Value, parse};
 pub use source::GgufWeights;
