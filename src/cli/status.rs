@@ -264,7 +264,7 @@ b            1  (lender)  127.0.0.1:8001  ready    1000   930       -    70     
 LOAN  DEBTOR      CREDITOR  REQUEST  BLOCKS  EPOCH
    7  a       ->  b               3      70      1
 
-FROM      TO  TRANSPORT    RTT
+FROM      TO  TRANSPORT     RTT
 a     ->  b   shm        8.2 us
 ";
         let shown = render(&cluster);
