@@ -38,10 +38,7 @@ pub(super) async fn completions(state: Arc<ServerState>, body: &[u8]) -> Result<
         return Err(ApiError::unsupported("best_of", "every choice is returned; leave it out or set it to n"));
     }
     let echo = fields.bool("echo")?.unwrap_or(false);
-    options.sampling.logprobs = match fields.count("logprobs")? {
-        Some(count) => Some(u32::try_from(count).unwrap_or(u32::MAX)),
-        None => None,
-    };
+    options.sampling.logprobs = fields.count("logprobs")?.map(|count| u32::try_from(count).unwrap_or(u32::MAX));
     check(&options.sampling)?;
     if options.max_tokens == Some(0) && !echo {
         return Err(ApiError::field(

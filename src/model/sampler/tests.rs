@@ -1,5 +1,5 @@
 use super::*;
-use proptest::prelude::*;
+use proptest::prelude::{any, prop, prop_assert, prop_assert_eq, proptest};
 
 fn logits(seed: u64, vocab: usize) -> Vec<f32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -159,7 +159,7 @@ proptest! {
         top_p in 0.01f32..=1.0,
         top_k in 0u32..50,
         min_p in 0.0f32..=1.0,
-        seed: u64,
+        seed in any::<u64>(),
     ) {
         let params = SamplingParams { temperature, top_p, top_k, min_p, seed: Some(seed), ..Default::default() };
         let token = Sampler::new(&params, &[], 0).sample(&mut row.clone()).unwrap().0 as usize;
