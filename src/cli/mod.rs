@@ -1,3 +1,55 @@
-//! cli.
+//! The command line: one file a subcommand.
+
+pub mod generate;
+pub mod options;
 
 pub mod status;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+/// RDMA-first LLM serving: the KV cache of all nodes is one pool.
+#[derive(Parser)]
+#[command(name = "distkv", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// What to log to stderr, e.g. `info` or `distkv::attention=debug`.
+    #[arg(long, global = true, env = "DISTKV_LOG", default_value = "warn")]
+    log: String,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Complete a prompt and stream the text, on one node or a cluster on this machine.
+    Generate(Box<generate::Args>),
+    /// Show the cluster as any node sees it.
+    Status(status::Args),
+}
+
+/// Parses the arguments and runs. An error is one line on stderr that says what
+/// to do, and a non-zero exit code.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = match EnvFilter::try_new(&cli.log) {
+        Ok(filter) => filter,
+        Err(error) => return fail(&anyhow::anyhow!("--log {}: {error}", cli.log)),
+    };
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    let result = match cli.command {
+        Command::Generate(args) => generate::run(*args),
+        Command::Status(args) => status::run(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    // Causes joined, so that the line says what was tried and what stopped it.
+    eprintln!("distkv: {error:#}");
+    ExitCode::FAILURE
+}

@@ -177,6 +177,7 @@ impl Node {
             pin: config.pin,
             math: model.math,
             max_rows: model.schedule.max_rows,
+            isa: None,
         })?;
         let transformer = Transformer::load(
             &mut device,

@@ -18,6 +18,7 @@ mod reply;
 mod request;
 mod state;
 mod stop;
+mod text;
 
 use std::future::Future;
 use std::io;
@@ -38,6 +39,7 @@ use tokio::sync::oneshot;
 pub use error::ApiError;
 pub use metrics::{Latency, Metrics};
 pub use state::{Cluster, Model, ServerState, Stats, TextModel, TextStream};
+pub use text::ModelText;
 
 /// The routes over `state`.
 pub fn router(state: Arc<ServerState>) -> Router {

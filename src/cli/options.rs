@@ -1,0 +1,242 @@
+//! Options that several subcommands share.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::ValueEnum;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::device::cpu::Math;
+use crate::kv::rblock::{DEFAULT_BLOCK_TOKENS, KvDtype};
+use crate::model::load::ModelFiles;
+use crate::node::transports::FabricChoice;
+use crate::node::{ModelParts, NodeConfig, Tuning};
+use crate::schedule::scheduler::SchedulerConfig;
+
+/// A number of bytes: `8GiB`, `512MiB`, `1.5G`, `4096`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bytes(pub usize);
+
+impl std::str::FromStr for Bytes {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let unit_at = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+        let (number, unit) = text.split_at(unit_at);
+        let number: f64 = number.parse().map_err(|_| format!("`{text}` does not begin with a number"))?;
+        let factor: f64 = match unit.trim() {
+            "" | "B" => 1.0,
+            "K" | "KB" => 1e3,
+            "M" | "MB" => 1e6,
+            "G" | "GB" => 1e9,
+            "T" | "TB" => 1e12,
+            "Ki" | "KiB" => 1024.0,
+            "Mi" | "MiB" => 1024.0 * 1024.0,
+            "Gi" | "GiB" => 1024.0 * 1024.0 * 1024.0,
+            "Ti" | "TiB" => 1024.0 * 1024.0 * 1024.0 * 1024.0,
+            unit => return Err(format!("`{unit}` is no unit of bytes; use KiB, MiB, GiB or TiB")),
+        };
+        Ok(Self((number * factor) as usize))
+    }
+}
+
+/// Element type of keys and values.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub enum KvDtypeArg {
+    /// bfloat16.
+    #[default]
+    Bf16,
+    /// IEEE half precision.
+    F16,
+    /// IEEE single precision.
+    F32,
+}
+
+impl From<KvDtypeArg> for KvDtype {
+    fn from(arg: KvDtypeArg) -> Self {
+        match arg {
+            KvDtypeArg::Bf16 => Self::Bf16,
+            KvDtypeArg::F16 => Self::F16,
+            KvDtypeArg::F32 => Self::F32,
+        }
+    }
+}
+
+/// Precision of activations inside matrix products.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub enum MathArg {
+    /// f32 throughout.
+    Exact,
+    /// bf16 or int8 where they are faster.
+    #[default]
+    Fast,
+}
+
+/// How a model runs.
+#[derive(Clone, Debug, clap::Args)]
+pub struct EngineOptions {
+    /// Device of the model. This build runs models on `cpu`.
+    #[arg(long, env = "DISTKV_DEVICE", default_value = "cpu")]
+    pub device: String,
+    /// Device threads; by default this process's share of the cores.
+    #[arg(long, env = "DISTKV_THREADS")]
+    pub threads: Option<usize>,
+    /// Let the system move threads between cores.
+    #[arg(long, env = "DISTKV_NO_PIN")]
+    pub no_pin: bool,
+    /// Precision of activations inside matrix products.
+    #[arg(long, env = "DISTKV_MATH", value_enum, default_value_t)]
+    pub math: MathArg,
+    /// Element type of keys and values.
+    #[arg(long, env = "DISTKV_KV_DTYPE", value_enum, default_value_t)]
+    pub kv_dtype: KvDtypeArg,
+    /// Tokens an rBlock, 16 to 256.
+    #[arg(long, env = "DISTKV_BLOCK_TOKENS", default_value_t = DEFAULT_BLOCK_TOKENS, value_parser = block_tokens)]
+    pub block_tokens: usize,
+    /// Longest context in tokens; by default the model's own.
+    #[arg(long, env = "DISTKV_MAX_MODEL_LEN")]
+    pub max_model_len: Option<usize>,
+    /// Most prompt tokens computed in one step.
+    #[arg(long, env = "DISTKV_CHUNK_TOKENS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=8192))]
+    pub chunk_tokens: u32,
+    /// Most sequences in one step.
+    #[arg(long, env = "DISTKV_MAX_SEQUENCES", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub max_sequences: u32,
+    /// Most requests in the queue; more are answered 429.
+    #[arg(long, env = "DISTKV_MAX_WAITING", default_value_t = 1024)]
+    pub max_waiting: usize,
+}
+
+fn block_tokens(text: &str) -> Result<usize, String> {
+    let tokens: usize = text.parse().map_err(|_| format!("`{text}` is not a number"))?;
+    if (16..=256).contains(&tokens) && tokens.is_multiple_of(16) {
+        Ok(tokens)
+    } else {
+        Err("must be a multiple of 16 from 16 to 256".into())
+    }
+}
+
+impl EngineOptions {
+    /// Device threads of one of `share` processes of this host.
+    pub fn threads(&self, share: usize) -> usize {
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        self.threads.unwrap_or((cores / share.max(1)).max(1))
+    }
+
+    /// What a node is told of a model.
+    pub fn model_parts(&self, files: &ModelFiles, kv_bytes: usize, threads: usize) -> anyhow::Result<ModelParts> {
+        if self.device != "cpu" {
+            bail!("--device {}: unsupported: this build runs models on `cpu` only", self.device);
+        }
+        let max_model_len = self.max_model_len.unwrap_or(files.config.max_positions);
+        if max_model_len > files.config.max_positions {
+            bail!(
+                "--max-model-len {max_model_len} is over what the model was made for, {} tokens",
+                files.config.max_positions
+            );
+        }
+        let (chunk_rows, max_sequences) = (self.chunk_tokens as usize, self.max_sequences as usize);
+        let schedule = SchedulerConfig {
+            max_rows: chunk_rows + max_sequences,
+            chunk_rows,
+            max_logits: max_sequences,
+            max_sequences,
+        };
+        let bar = progress_bar(files.weights.total_bytes());
+        let total = files.weights.total_bytes();
+        Ok(ModelParts {
+            config: files.config.clone(),
+            weights: Arc::clone(&files.weights),
+            kv_dtype: self.kv_dtype.into(),
+            block_tokens: self.block_tokens,
+            kv_bytes,
+            threads,
+            math: match self.math {
+                MathArg::Exact => Math::Exact,
+                MathArg::Fast => Math::Fast,
+            },
+            schedule,
+            max_model_len,
+            max_waiting: self.max_waiting,
+            tap: None,
+            progress: Box::new(move |done| {
+                bar.set_position(done);
+                if done >= total {
+                    bar.finish_and_clear();
+                }
+            }),
+        })
+    }
+}
+
+fn progress_bar(bytes: u64) -> ProgressBar {
+    let style = ProgressStyle::with_template("loading weights {bar:30} {bytes}/{total_bytes} {bytes_per_sec}");
+    let bar = ProgressBar::new(bytes);
+    match style {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
+}
+
+/// How a node takes part in a cluster.
+#[derive(Clone, Debug, clap::Args)]
+pub struct FabricOptions {
+    /// Name of the cluster; members of another are not heard.
+    #[arg(long, env = "DISTKV_CLUSTER", default_value = "default")]
+    pub cluster: String,
+    /// Transport between nodes.
+    #[arg(long, env = "DISTKV_FABRIC", value_enum, default_value_t)]
+    pub fabric: FabricChoice,
+    /// Longest wait for a creditor's answer before it counts as lost, milliseconds.
+    #[arg(long, env = "DISTKV_EXCHANGE_DEADLINE_MS", default_value_t = 5000)]
+    pub exchange_deadline_ms: u64,
+    /// A member silent for this long is gone, milliseconds.
+    #[arg(long, env = "DISTKV_LOST_AFTER_MS", default_value_t = 2000)]
+    pub lost_after_ms: u64,
+}
+
+impl FabricOptions {
+    /// A node's configuration, before what is particular to it.
+    pub fn node(&self, fabric_listen: SocketAddr, lend: f64, creditor_threads: usize, pin: bool) -> NodeConfig {
+        NodeConfig {
+            cluster: self.cluster.clone(),
+            rank: 0,
+            join: Vec::new(),
+            fabric_listen,
+            http: String::new(),
+            fabric: self.fabric,
+            lend,
+            creditor_threads,
+            pin,
+            tuning: Tuning {
+                deadline: Duration::from_millis(self.exchange_deadline_ms),
+                lost_after: Duration::from_millis(self.lost_after_ms),
+                ..Tuning::default()
+            },
+        }
+    }
+}
+
+/// Opens a model, with its path in the error.
+pub fn open_model(path: &PathBuf) -> anyhow::Result<ModelFiles> {
+    crate::model::load::open(path).with_context(|| format!("--model {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_read_with_every_unit() {
+        let parse = |text: &str| text.parse::<Bytes>().map(|b| b.0);
+        assert_eq!(parse("4096"), Ok(4096));
+        assert_eq!(parse("8GiB"), Ok(8 << 30));
+        assert_eq!(parse("1.5KiB"), Ok(1536));
+        assert_eq!(parse("2M"), Ok(2_000_000));
+        assert!(parse("8 parsecs").is_err_and(|e| e.contains("parsecs")));
+        assert!(parse("GiB").is_err());
+    }
+}

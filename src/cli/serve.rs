@@ -1,0 +1,1 @@
+//! `distkv serve`: one node of a cluster.
