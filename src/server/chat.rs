@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use axum::body::Bytes;
 use axum::response::Response;
 use serde_json::{Map, Value, json};
 
@@ -14,9 +15,9 @@ use super::request::{Options, alternatives, check, finite};
 use super::state::{ServerState, TextModel, unix_time};
 use crate::model::sampler::TokenLogprobs;
 
-pub(super) async fn chat_completions(state: Arc<ServerState>, body: &[u8]) -> Result<Response, ApiError> {
+pub(super) async fn chat_completions(state: Arc<ServerState>, body: Bytes) -> Result<Response, ApiError> {
     let arrived = Instant::now();
-    let fields = Fields::parse(body)?;
+    let fields = Fields::of(body).await?;
     let model = state.model(fields.string("model")?)?;
     let admitted = state.admit()?;
     let mut options = Options::read(&fields, model)?;
@@ -53,20 +54,6 @@ pub(super) async fn chat_completions(state: Arc<ServerState>, body: &[u8]) -> Re
 
 /// Fields that would change the answer and are not understood are errors.
 fn refuse_unsupported(fields: &Fields) -> Result<(), ApiError> {
-    if let Some(format) = fields.object("response_format")? {
-        match format.get("type") {
-            Some(Value::String(kind)) if kind == "text" => {}
-            Some(Value::String(kind)) => {
-                return Err(ApiError::unsupported(
-                    "response_format",
-                    &format!(
-                        "answers cannot be constrained to {kind:?} yet; use \"text\" and ask for it in the prompt"
-                    ),
-                ));
-            }
-            other => return Err(wrong("response_format.type", "a string", other.unwrap_or(&Value::Null))),
-        }
-    }
     match fields.get("tool_choice") {
         None => {}
         Some(Value::String(choice)) if choice == "auto" || choice == "none" => {}

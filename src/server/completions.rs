@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use axum::body::Bytes;
 use axum::response::Response;
 use serde_json::{Map, Value, json};
 
@@ -23,9 +24,9 @@ struct Prompt {
     text: String,
 }
 
-pub(super) async fn completions(state: Arc<ServerState>, body: &[u8]) -> Result<Response, ApiError> {
+pub(super) async fn completions(state: Arc<ServerState>, body: Bytes) -> Result<Response, ApiError> {
     let arrived = Instant::now();
-    let fields = Fields::parse(body)?;
+    let fields = Fields::of(body).await?;
     let model = state.model(fields.string("model")?)?;
     let admitted = state.admit()?;
     let mut options = Options::read(&fields, model)?;

@@ -1,16 +1,25 @@
 //! Fields of a request's JSON object, read so that every error names the field.
 
+use axum::body::Bytes;
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
+use super::reply::blocking;
+
+/// Bytes of JSON that take longer to parse than a thread change costs.
+const LARGE: usize = 64 << 10;
 
 /// A request's JSON object. An explicit null counts as absent, as OpenAI has
 /// it.
 pub(super) struct Fields(Map<String, Value>);
 
 impl Fields {
-    /// Parses a body.
-    pub(super) fn parse(body: &[u8]) -> Result<Self, ApiError> {
+    /// Parses a body; a large one off the threads that serve connections.
+    pub(super) async fn of(body: Bytes) -> Result<Self, ApiError> {
+        if body.len() <= LARGE { Self::parse(&body) } else { blocking(move || Self::parse(&body)).await }
+    }
+
+    fn parse(body: &[u8]) -> Result<Self, ApiError> {
         match serde_json::from_slice(body) {
             Ok(Value::Object(map)) => Ok(Self(map)),
             Ok(other) => Err(ApiError::invalid(format!("the body must be a JSON object, not {}", name(&other)))),

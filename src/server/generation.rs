@@ -191,6 +191,7 @@ impl<'a> Generation<'a> {
     }
 
     fn fail(&mut self, message: String) {
+        tracing::warn!(%message, tokens = self.generated, "a request failed");
         self.clock.failed();
         self.due.push_back(Event::Failed(message));
     }

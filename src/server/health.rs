@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use axum::Json;
+use axum::body::Bytes;
 use axum::extract::{Path, State};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
@@ -80,8 +81,8 @@ pub(super) async fn model(State(state): Shared, Path(id): Path<String>) -> Resul
 }
 
 /// `{prompt}` or `{messages}` to `{tokens, count, max_model_len}`.
-pub(super) async fn tokenize(state: Arc<ServerState>, body: &[u8]) -> Result<Response, ApiError> {
-    let fields = Fields::parse(body)?;
+pub(super) async fn tokenize(state: Arc<ServerState>, body: Bytes) -> Result<Response, ApiError> {
+    let fields = Fields::of(body).await?;
     let model = state.model(fields.string("model")?)?;
     let text = model.text.clone();
     let special = fields.bool("add_special_tokens")?;
@@ -105,8 +106,8 @@ pub(super) async fn tokenize(state: Arc<ServerState>, body: &[u8]) -> Result<Res
 }
 
 /// `{tokens}` to `{prompt}`.
-pub(super) async fn detokenize(state: Arc<ServerState>, body: &[u8]) -> Result<Response, ApiError> {
-    let fields = Fields::parse(body)?;
+pub(super) async fn detokenize(state: Arc<ServerState>, body: Bytes) -> Result<Response, ApiError> {
+    let fields = Fields::of(body).await?;
     let model = state.model(fields.string("model")?)?;
     let tokens = fields.array("tokens")?.ok_or_else(|| ApiError::field("tokens", "`tokens` is required"))?;
     let tokens = token_ids("tokens", tokens, model.vocab)?;

@@ -68,7 +68,9 @@ pub fn router(state: Arc<ServerState>) -> Router {
 }
 
 /// Serves until `shutdown` resolves, then drains: new generations get 503 while
-/// those that run finish, then the listener closes and this returns.
+/// those that run finish, then the listener closes and this returns; at the
+/// latest when the drain limit has passed. What still runs then ends with the
+/// runtime.
 pub async fn serve(
     listener: TcpListener,
     state: Arc<ServerState>,
@@ -86,14 +88,22 @@ pub async fn serve(
         // A dropped sender means that this function was dropped.
         let _ = stop.await;
     });
-    let drain = async move {
+    let drain = async {
         shutdown.await;
         state.drain();
-        state.idle().await;
-        let _ = drained.send(());
+        let idle = async {
+            state.idle().await;
+            let _ = drained.send(());
+            std::future::pending::<()>().await;
+        };
+        if tokio::time::timeout(state.drain_limit, idle).await.is_err() {
+            tracing::warn!(running = state.running(), "the drain limit passed: connections are cut");
+        }
     };
-    let (served, ()) = tokio::join!(server.into_future(), drain);
-    served
+    tokio::select! {
+        served = server.into_future() => served,
+        () = drain => Ok(()),
+    }
 }
 
 type Body = Result<Bytes, BytesRejection>;
@@ -108,22 +118,22 @@ fn read(state: &ServerState, body: Body) -> Result<Bytes, ApiError> {
 
 async fn completions(State(state): State<Arc<ServerState>>, body: Body) -> Answer {
     let body = read(&state, body)?;
-    completions::completions(state, &body).await
+    completions::completions(state, body).await
 }
 
 async fn chat_completions(State(state): State<Arc<ServerState>>, body: Body) -> Answer {
     let body = read(&state, body)?;
-    chat::chat_completions(state, &body).await
+    chat::chat_completions(state, body).await
 }
 
 async fn tokenize(State(state): State<Arc<ServerState>>, body: Body) -> Answer {
     let body = read(&state, body)?;
-    health::tokenize(state, &body).await
+    health::tokenize(state, body).await
 }
 
 async fn detokenize(State(state): State<Arc<ServerState>>, body: Body) -> Answer {
     let body = read(&state, body)?;
-    health::detokenize(state, &body).await
+    health::detokenize(state, body).await
 }
 
 async fn authorize(State(state): State<Arc<ServerState>>, request: Request, next: Next) -> Answer {

@@ -29,8 +29,49 @@ pub(super) struct Options {
     pub include_usage: bool,
 }
 
+/// Fields of OpenAI's and vLLM's that change the answer and are not done here:
+/// ignoring them would be answering another question.
+const NOT_DONE: [(&str, &str); 14] = [
+    ("allowed_token_ids", "tokens cannot be excluded; use logit_bias"),
+    ("audio", "the model writes text only"),
+    ("bad_words", "words cannot be excluded; use logit_bias"),
+    ("function_call", "it was replaced by tools"),
+    ("functions", "it was replaced by tools"),
+    ("guided_choice", CONSTRAINED),
+    ("guided_grammar", CONSTRAINED),
+    ("guided_json", CONSTRAINED),
+    ("guided_regex", CONSTRAINED),
+    ("min_tokens", "an answer cannot be kept from ending; use ignore_eos"),
+    ("prompt_logprobs", "a prompt is scored by /v1/completions with echo and logprobs"),
+    ("structured_outputs", CONSTRAINED),
+    ("truncate_prompt_tokens", "prompts are never shortened silently"),
+    ("use_beam_search", "tokens are chosen one at a time"),
+];
+const CONSTRAINED: &str = "answers cannot be constrained yet; ask for the format in the prompt";
+
+fn refuse_unsupported(fields: &Fields) -> Result<(), ApiError> {
+    for (field, because) in NOT_DONE {
+        let asks = match fields.get(field) {
+            None | Some(Value::Bool(false)) => false,
+            Some(Value::Number(number)) => number.as_f64() != Some(0.0),
+            Some(Value::Array(values)) => !values.is_empty(),
+            Some(_) => true,
+        };
+        if asks {
+            return Err(ApiError::unsupported(field, because));
+        }
+    }
+    let Some(format) = fields.object("response_format")? else { return Ok(()) };
+    match format.get("type") {
+        Some(Value::String(kind)) if kind == "text" => Ok(()),
+        Some(Value::String(_)) => Err(ApiError::unsupported("response_format", CONSTRAINED)),
+        other => Err(wrong("response_format.type", "a string", other.unwrap_or(&Value::Null))),
+    }
+}
+
 impl Options {
     pub(super) fn read(fields: &Fields, model: &Model) -> Result<Self, ApiError> {
+        refuse_unsupported(fields)?;
         let stream = fields.bool("stream")?.unwrap_or(false);
         let include_usage = match fields.object("stream_options")? {
             None => false,

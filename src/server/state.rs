@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use serde_json::Value;
 use tokio::sync::watch;
@@ -79,6 +80,7 @@ pub struct ServerState {
     /// Of the key, so that comparing takes the same time for every guess.
     pub(super) api_key: Option<blake3::Hash>,
     pub(super) max_body_bytes: usize,
+    pub(super) drain_limit: Duration,
     pub(super) metrics: Arc<Metrics>,
     /// Unix time at start: the models' `created`.
     pub(super) started: u64,
@@ -99,6 +101,7 @@ impl ServerState {
             ready,
             api_key: None,
             max_body_bytes: 32 << 20,
+            drain_limit: Duration::from_secs(300),
             metrics,
             started: unix_time(),
             draining: AtomicBool::new(false),
@@ -115,6 +118,14 @@ impl ServerState {
     /// Largest request body in bytes; 32 MiB where not set.
     pub fn with_max_body_bytes(mut self, limit: usize) -> Self {
         self.max_body_bytes = limit;
+        self
+    }
+
+    /// How long shutting down may wait for requests and connections to end; 5
+    /// minutes where not set. A client that stopped reading must not keep a
+    /// node from ending.
+    pub fn with_drain_limit(mut self, limit: Duration) -> Self {
+        self.drain_limit = limit;
         self
     }
 
@@ -142,6 +153,11 @@ impl ServerState {
     pub async fn idle(&self) {
         // The sender lives as long as `self`, so this cannot fail.
         let _ = self.inflight.subscribe().wait_for(|count| *count == 0).await;
+    }
+
+    /// Requests that run.
+    pub fn running(&self) -> usize {
+        *self.inflight.borrow()
     }
 
     /// Admits one generation; it counts as running until the guard is dropped.

@@ -1,6 +1,8 @@
 //! Every refusal: its status, the field it names, and what it says.
 
-use distkv::engine::{FinishReason, Rejected};
+use distkv::engine::{FinishReason, Output, Rejected};
+use proptest::prelude::{Just, Strategy, any, prop, prop_assert, prop_assert_eq, prop_oneof};
+use proptest::test_runner::TestRunner;
 use serde_json::{Value, json};
 
 use crate::http::Server;
@@ -69,7 +71,7 @@ fn bad_requests_name_the_field() {
         (
             chat("response_format", json!({"type": "json_schema"})),
             "response_format",
-            "unsupported: response_format because",
+            "unsupported: response_format because answers cannot be constrained",
         ),
         (chat("response_format", json!({})), "response_format.type", "must be a string"),
         (chat("tool_choice", json!("required")), "tool_choice", "unsupported: tool_choice because"),
@@ -78,6 +80,9 @@ fn bad_requests_name_the_field() {
         (chat("logprobs", json!(2)), "logprobs", "true or false"),
         (chat("max_completion_tokens", json!(0)), "max_completion_tokens", "at least 1"),
         (chat("chat_template_kwargs", json!({"a": 1})), "chat_template_kwargs", "unsupported"),
+        (chat("functions", json!([{}])), "functions", "unsupported: functions because"),
+        (text("min_tokens", json!(3)), "min_tokens", "use ignore_eos"),
+        (text("guided_json", json!({})), "guided_json", "unsupported"),
         (chat("continue_final_message", json!(true)), "continue_final_message", "unsupported"),
         (("/detokenize", json!({"tokens": [999]})), "tokens", "outside the vocabulary"),
         (("/tokenize", json!({})), "prompt", "required"),
@@ -102,6 +107,101 @@ fn bad_requests_name_the_field() {
             message.contains("context length") || message.contains("requested") || message.contains("at most 126");
         assert_eq!(error["code"] == "context_length_exceeded", too_long, "{error}");
     }
+}
+
+#[test]
+fn what_is_not_asked_for_is_not_refused() {
+    let server = Server::start(says("x"));
+    let body = json!({"prompt": "a", "min_tokens": 0, "use_beam_search": false, "bad_words": [], "prompt_logprobs": null,
+                      "suffix": "", "response_format": {"type": "text"}});
+    assert_eq!(server.post("/v1/completions", &body).status, 200);
+}
+
+/// Any JSON value, shallow.
+fn any_json() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        (-3i64..300).prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        "[a-z\\PC]{0,6}".prop_map(Value::from),
+        Just(json!("user")),
+        Just(json!("text")),
+    ];
+    leaf.prop_recursive(3, 12, 4, |inner| {
+        let names = prop::sample::select(vec!["role", "content", "type", "text", "include_usage", "7", "tool_calls"]);
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+            prop::collection::btree_map(names.prop_map(str::to_owned), inner, 0..4)
+                .prop_map(|map| Value::Object(map.into_iter().collect())),
+        ]
+    })
+}
+
+/// Whatever the fields hold, the answer is an answer or names what is wrong.
+#[test]
+fn no_value_of_any_field_is_a_server_error() {
+    const FIELDS: [&str; 24] = [
+        "prompt",
+        "messages",
+        "model",
+        "n",
+        "best_of",
+        "stop",
+        "stream",
+        "stream_options",
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "logit_bias",
+        "logprobs",
+        "top_logprobs",
+        "echo",
+        "tools",
+        "tool_choice",
+        "response_format",
+        "stop_token_ids",
+        "presence_penalty",
+        "repetition_penalty",
+    ];
+    let server = Server::start(toy::model(|submitted| {
+        submitted.started(0);
+        if submitted.request.prompt_logprobs {
+            let rest = &submitted.request.prompt[1..];
+            submitted.send(Output::PromptLogprobs(rest.iter().map(|&id| toy::logprobs(id, 1)).collect()));
+        }
+        submitted.say("x");
+        submitted.finish(FinishReason::Stop);
+        Ok(())
+    }));
+    let fields = prop::collection::vec((prop::sample::select(FIELDS.to_vec()), any_json()), 0..3);
+    let mut runner = TestRunner::deterministic();
+    runner
+        .run(&(any::<bool>(), fields), |(chat, fields)| {
+            let (path, mut body) = if chat {
+                ("/v1/chat/completions", json!({"messages": [{"role": "user", "content": "a"}]}))
+            } else {
+                ("/v1/completions", json!({"prompt": "a"}))
+            };
+            for (field, value) in fields {
+                body[field] = value;
+            }
+            let reply = server.post(path, &body);
+            match reply.status {
+                200 => {}
+                404 => prop_assert_eq!(&reply.json()["error"]["param"], "model"),
+                status => {
+                    prop_assert_eq!(status, 400, "{}", body);
+                    prop_assert!(reply.json()["error"]["param"].is_string(), "{}: {}", body, reply.body);
+                }
+            }
+            Ok(())
+        })
+        .unwrap();
 }
 
 #[test]

@@ -129,6 +129,23 @@ fn draining_finishes_what_runs_and_refuses_the_rest() {
 }
 
 #[test]
+fn a_client_that_never_reads_cannot_keep_a_node_from_ending() {
+    let (sender, submitted) = channel();
+    let state = toy::state(Some(toy::model(move |request| {
+        sender.send(request).unwrap();
+        Ok(())
+    })));
+    let mut server = Server::with(state.with_drain_limit(Duration::from_millis(20)));
+    let body = json!({"prompt": "a", "stream": true}).to_string();
+    let stuck = server.open("POST", "/v1/completions", &[], body.as_bytes());
+    let request = submitted.recv_timeout(PATIENCE).unwrap();
+    server.shut_down();
+    server.join();
+    assert!(request.is_cancelled());
+    drop(stuck);
+}
+
+#[test]
 fn a_node_is_not_ready_before_its_owner_says_so() {
     let ready = Arc::new(AtomicBool::new(false));
     let model = says("x");

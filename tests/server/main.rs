@@ -5,4 +5,5 @@ mod completions;
 mod errors;
 mod http;
 mod life;
+mod python;
 mod toy;

@@ -145,54 +145,93 @@ pub(super) fn draw(weights: &[f32], unit: f64) -> Option<u32> {
     last
 }
 
+/// A nucleus of at most this many tokens is sorted; a larger one, as of a very
+/// flat distribution, is cut out without sorting.
+const SORTED_NUCLEUS: usize = 512;
+
 /// Draws among the `top_k` largest weights (0: all) cut to the smallest set
 /// with `top_p` of their mass.
-pub(super) fn draw_truncated(weights: &[f32], top_k: usize, top_p: f32, unit: f64) -> Option<u32> {
-    with_scratch(|scratch| {
-        let limit = if top_k == 0 { weights.len() } else { top_k.min(weights.len()) };
-        let mut k = if top_p < 1.0 { limit.min(64) } else { limit };
-        // Without top_k the nucleus is cut from the whole mass, known up front;
-        // with it, from the mass of the k kept.
-        let whole = if top_k == 0 { sum(weights) } else { f64::INFINITY };
-        let mut target;
-        loop {
+pub(super) fn draw_truncated(weights: &mut [f32], top_k: usize, top_p: f32, unit: f64) -> Option<u32> {
+    let sorted = with_scratch(|scratch| {
+        if top_k > 0 {
+            largest(weights, top_k, scratch);
+            let target = mass(&scratch.picked) * f64::from(top_p);
+            return Ok(draw_sorted(&scratch.picked, target, unit));
+        }
+        let target = sum(weights) * f64::from(top_p);
+        for k in [64, SORTED_NUCLEUS] {
             largest(weights, k, scratch);
-            let mass: f64 = scratch.picked.iter().map(|&(w, _)| f64::from(w)).sum();
-            target = whole.min(mass) * f64::from(top_p);
-            if k == limit {
+            if mass(&scratch.picked) >= target {
+                return Ok(draw_sorted(&scratch.picked, target, unit));
+            }
+        }
+        Err(target)
+    });
+    sorted.unwrap_or_else(|target| {
+        cut_nucleus(weights, target);
+        draw(weights, unit)
+    })
+}
+
+fn mass(picked: &[(f32, u32)]) -> f64 {
+    picked.iter().map(|&(weight, _)| f64::from(weight)).sum()
+}
+
+/// Draws among the first of `picked` that reach `target`.
+fn draw_sorted(picked: &[(f32, u32)], target: f64, unit: f64) -> Option<u32> {
+    let mut kept = 0.0;
+    let reached = picked.iter().position(|&(weight, _)| {
+        kept += f64::from(weight);
+        kept >= target
+    });
+    let picked = reached.map_or(picked, |last| &picked[..=last]);
+    let mut left = unit * kept;
+    let drawn = picked.iter().find(|&&(weight, _)| {
+        left -= f64::from(weight);
+        left < 0.0
+    });
+    drawn.or(picked.last()).map(|&(_, token)| token)
+}
+
+/// Zeroes all but the largest weights that reach `target` together; of equals
+/// the first are kept.
+///
+/// The smallest weight kept is found digit by digit (non-negative floats sort
+/// as their bits do): a pass over the vocabulary a digit, whatever the weights.
+fn cut_nucleus(weights: &mut [f32], mut target: f64) {
+    const DIGITS: [(u32, u32); 3] = [(20, 11), (9, 11), (0, 9)];
+    let mut least = 0u32;
+    for (shift, width) in DIGITS {
+        let mut mass = [0.0f64; 1 << 11];
+        let above = shift + width;
+        for &weight in weights.iter() {
+            let bits = weight.to_bits();
+            if bits >> above == least >> above {
+                mass[(bits >> shift) as usize & ((1 << width) - 1)] += f64::from(weight);
+            }
+        }
+        // Where rounding leaves the target out of reach, all are kept.
+        let mut digit = 0;
+        for (candidate, &mass) in mass.iter().enumerate().rev().filter(|(_, mass)| **mass > 0.0) {
+            digit = candidate as u32;
+            if mass >= target {
                 break;
             }
-            if top_k == 0 {
-                target = whole * f64::from(top_p);
-                if mass >= target {
-                    break;
-                }
-                k = (k * 8).min(limit);
-            } else {
-                k = limit;
-            }
+            target -= mass;
         }
-        let mut kept = 0.0;
-        let mut count = scratch.picked.len();
-        if top_p < 1.0 {
-            for (i, &(weight, _)) in scratch.picked.iter().enumerate() {
-                kept += f64::from(weight);
-                if kept >= target {
-                    count = i + 1;
-                    break;
-                }
+        least |= digit << shift;
+    }
+    let least = f32::from_bits(least);
+    for weight in weights {
+        if *weight == least {
+            if target <= 0.0 {
+                *weight = 0.0;
             }
+            target -= f64::from(least);
+        } else if *weight < least {
+            *weight = 0.0;
         }
-        let picked = scratch.picked.get(..count)?;
-        let mut left = unit * picked.iter().map(|&(w, _)| f64::from(w)).sum::<f64>();
-        for &(weight, token) in picked {
-            left -= f64::from(weight);
-            if left < 0.0 {
-                return Some(token);
-            }
-        }
-        picked.last().map(|&(_, token)| token)
-    })
+    }
 }
 
 /// The `k` largest of `values`, largest first, ties by index, into `top`.
@@ -356,10 +395,20 @@ mod tests {
                 if kept >= mass * f64::from(top_p) { break; }
             }
             sorted.truncate(count);
+            if top_k == 0 && count > SORTED_NUCLEUS {
+                sorted.sort_by_key(|v| v.1);
+            }
             let mark = unit * kept;
             let mut cumulative = 0.0;
             let expected = sorted.iter().find(|v| { cumulative += f64::from(v.0); mark < cumulative }).unwrap().1;
-            prop_assert_eq!(draw_truncated(&values, top_k, top_p, unit), Some(expected));
+            prop_assert_eq!(draw_truncated(&mut values.clone(), top_k, top_p, unit), Some(expected));
+            if top_k == 0 {
+                let mut kept = values.clone();
+                cut_nucleus(&mut kept, mass * f64::from(top_p));
+                sorted.sort_by_key(|v| v.1);
+                let kept: Vec<(f32, u32)> = kept.into_iter().zip(0..).filter(|v| v.0 > 0.0).collect();
+                prop_assert_eq!(kept, sorted);
+            }
         }
     }
 }
