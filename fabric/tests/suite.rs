@@ -2,6 +2,8 @@
 
 #[path = "suite/cases.rs"]
 mod cases;
+#[path = "suite/death.rs"]
+mod death;
 #[path = "suite/node.rs"]
 mod node;
 
