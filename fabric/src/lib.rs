@@ -21,7 +21,9 @@ pub mod loopback;
 mod memory;
 mod peers;
 mod regions;
+pub mod select;
 pub mod shm;
+mod stats;
 pub mod tcp;
 
 use std::sync::Arc;
@@ -29,6 +31,7 @@ use std::time::Duration;
 
 pub use error::{Error, Result};
 pub use memory::Memory;
+pub use stats::Stats;
 
 /// Largest payload of [`Transport::send`] and of a connection's hello, bytes.
 pub const MAX_SEND: usize = 1 << 20;

@@ -6,7 +6,7 @@
 //! with one system call a connection; the bulk of a write is received straight
 //! into its region. Every header is checked (kind, lengths, region, range,
 //! token, guard) before a byte lands; a peer that breaks the protocol loses
-//! its connection, the transport goes on and counts it in [`TcpStats`].
+//! its connection, the transport goes on and counts it in [`Stats`].
 
 mod connection;
 #[doc(hidden)]
@@ -14,7 +14,6 @@ pub mod handshake;
 mod io;
 mod outbox;
 
-use std::collections::HashSet;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -27,6 +26,7 @@ use crate::frame::WriteFrame;
 use crate::key::{Key, Maker};
 use crate::peers::Peers;
 use crate::regions::Regions;
+use crate::stats::{Incidents, Stats};
 use crate::{Access, Address, Error, Event, MAX_SEND, Memory, PeerId, RegionId, RemoteKey, Result, Transport};
 use crate::{Waker, Write};
 use connection::{Connection, Phase};
@@ -59,19 +59,6 @@ impl Default for TcpConfig {
     }
 }
 
-/// Counts since the transport was made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct TcpStats {
-    /// Connections that strangers opened, whatever became of them.
-    pub accepted: u64,
-    /// Connections closed because the peer broke the protocol, in the
-    /// handshake or later.
-    pub protocol_errors: u64,
-    /// Accepted connections that ended in their handshake: closed by the
-    /// stranger, too slow, or pushed out by others.
-    pub half_open_dropped: u64,
-}
-
 /// A transport over tcp sockets.
 pub struct TcpTransport {
     listener: TcpListener,
@@ -86,9 +73,7 @@ pub struct TcpTransport {
     polls: u32,
     /// The next poll looks at the listener.
     look: bool,
-    stats: TcpStats,
-    /// Causes of protocol errors that were logged.
-    logged: HashSet<String>,
+    incidents: Incidents,
 }
 
 impl TcpTransport {
@@ -119,14 +104,13 @@ impl TcpTransport {
             wake,
             polls: 0,
             look: true,
-            stats: TcpStats::default(),
-            logged: HashSet::new(),
+            incidents: Incidents::default(),
         })
     }
 
     /// Counts since the transport was made.
-    pub fn stats(&self) -> TcpStats {
-        self.stats
+    pub fn stats(&self) -> Stats {
+        self.incidents.stats
     }
 
     fn add(&mut self, connection: Connection) -> Result<PeerId> {
@@ -143,7 +127,7 @@ impl TcpTransport {
     /// Takes in strangers, and drops those whose time is up.
     fn housekeeping(&mut self, sink: &mut dyn FnMut(Event<'_>)) {
         while let Ok((stream, _)) = self.listener.accept() {
-            self.stats.accepted += 1;
+            self.incidents.stats.accepted += 1;
             let until = Instant::now() + self.config.handshake_timeout;
             let ready = stream.set_nonblocking(true).and_then(|()| stream.set_nodelay(true));
             if ready.is_err() {
@@ -175,15 +159,11 @@ impl TcpTransport {
     fn close(&mut self, peer: PeerId, reason: Error, sink: &mut dyn FnMut(Event<'_>)) {
         let Some(connection) = self.peers.remove(peer) else { return };
         if let Error::Protocol(cause) = &reason {
-            self.stats.protocol_errors += 1;
-            // Once a cause: a stranger must not fill the log.
-            if self.logged.len() < 64 && self.logged.insert(cause.clone()) {
-                tracing::warn!(%cause, "closed a fabric connection; further ones for this cause are only counted");
-            }
+            self.incidents.protocol("tcp", cause);
         }
         if let Some(at) = self.half_open.iter().position(|p| *p == peer) {
             self.half_open.remove(at);
-            self.stats.half_open_dropped += 1;
+            self.incidents.stats.half_open_dropped += 1;
         }
         if connection.is_known() {
             sink(Event::Closed { peer, reason });

@@ -2,6 +2,8 @@
 
 #[path = "suite/cases.rs"]
 mod cases;
+#[path = "suite/death.rs"]
+mod death;
 #[path = "suite/node.rs"]
 mod node;
 
@@ -58,5 +60,10 @@ fn make_tcp() -> Box<dyn distkv_fabric::Transport> {
     Box::new(distkv_fabric::tcp::TcpTransport::bind(any, Default::default()).unwrap())
 }
 
+fn make_shm() -> Box<dyn distkv_fabric::Transport> {
+    Box::new(distkv_fabric::shm::ShmTransport::bind(Default::default()).unwrap())
+}
+
 suite_for!(loopback, crate::make_loopback, the_guard_decides);
 suite_for!(tcp, crate::make_tcp, the_guard_decides);
+suite_for!(shm, crate::make_shm);

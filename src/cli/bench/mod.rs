@@ -1,0 +1,4 @@
+//! Benchmarks.
+
+pub mod fabric;
+pub mod report;
