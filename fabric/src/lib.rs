@@ -222,12 +222,3 @@ impl Waker {
         (self.0)();
     }
 }
-
-/// Names this host: equal for processes that can share memory. Derived from
-/// the kernel's boot id, so that it changes with every boot and cannot be the
-/// same on two hosts.
-pub fn host_id() -> u64 {
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    // FNV-1a: any spread of 128 random bits to 64 will do.
-    boot.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3))
-}

@@ -1,8 +1,9 @@
 //! The command line: one file a subcommand.
 
+pub mod bench;
 pub mod generate;
 pub mod options;
-
+pub mod serve;
 pub mod status;
 
 use std::process::ExitCode;
@@ -23,8 +24,12 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Run one engine node: OpenAI-compatible HTTP, and its share of the cluster.
+    Serve(Box<serve::Args>),
     /// Complete a prompt and stream the text, on one node or a cluster on this machine.
     Generate(Box<generate::Args>),
+    /// Measure: latencies as histograms, and the share of what the machine can do.
+    Bench(Box<bench::Args>),
     /// Show the cluster as any node sees it.
     Status(status::Args),
 }
@@ -39,6 +44,8 @@ pub fn main() -> ExitCode {
     };
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
     let result = match cli.command {
+        Command::Serve(args) => serve::run(*args),
+        Command::Bench(args) => bench::run(*args),
         Command::Generate(args) => generate::run(*args),
         Command::Status(args) => status::run(args),
     };

@@ -1,1 +1,350 @@
 //! `distkv serve`: one node of a cluster.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow, bail};
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::options::{Bytes, EngineOptions, FabricOptions, open_model};
+use crate::attention::exchange::Stage;
+use crate::control::ledger::Ledger;
+use crate::control::message::Role;
+use crate::engine::EngineStats;
+use crate::model::hf::GenerationDefaults;
+use crate::model::load::ModelFiles;
+use crate::model::sampler::SamplingParams;
+use crate::node::rank::{self, Rank};
+use crate::node::{ClusterView, Node, NodeConfig};
+use crate::server::{Model, ModelText, ServerState};
+
+/// Arguments of `distkv serve`.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:
+  distkv serve --model smollm2.gguf --listen 127.0.0.1:8000 --fabric-listen 127.0.0.1:7946
+  distkv serve --no-model --kv-memory 64GiB --listen 127.0.0.1:8001 --join 127.0.0.1:7946
+  mpirun -np 3 distkv serve --model DIR      # rank 0 on the fabric port, the others join it
+
+The fabric is not authenticated yet: let it listen on trusted networks only.")]
+pub struct Args {
+    /// Model: a Hugging Face directory or a .gguf file.
+    #[arg(long, env = "DISTKV_MODEL", required_unless_present = "no_model", conflicts_with = "no_model")]
+    model: Option<PathBuf>,
+    /// Run no model: lend memory to the others.
+    #[arg(long, env = "DISTKV_NO_MODEL")]
+    no_model: bool,
+    /// Name under which the model is served; by default its file's.
+    #[arg(long, env = "DISTKV_SERVED_MODEL_NAME")]
+    served_model_name: Option<String>,
+    /// HTTP address. Under a launcher the local rank is added to the port.
+    #[arg(long, env = "DISTKV_LISTEN", default_value = "127.0.0.1:8000")]
+    listen: SocketAddr,
+    /// Where other nodes reach this one. Port 0 takes any free one; under a
+    /// launcher rank 0 listens on port 7946 unless told otherwise.
+    #[arg(long, env = "DISTKV_FABRIC_LISTEN")]
+    fabric_listen: Option<SocketAddr>,
+    /// Fabric addresses (host:port) of nodes to join; one is enough.
+    #[arg(long, env = "DISTKV_JOIN", value_delimiter = ',')]
+    join: Vec<String>,
+    /// KV memory, e.g. 8GiB; by default a quarter of what the system has free.
+    #[arg(long, env = "DISTKV_KV_MEMORY")]
+    kv_memory: Option<Bytes>,
+    /// KV memory in tokens of the model, instead of --kv-memory.
+    #[arg(long, env = "DISTKV_KV_TOKENS", conflicts_with = "kv_memory")]
+    kv_tokens: Option<usize>,
+    /// Share of the KV memory that may be lent; a node without a model lends all.
+    #[arg(long, env = "DISTKV_LEND", value_parser = share)]
+    lend: Option<f64>,
+    /// Threads that answer queries over lent memory.
+    #[arg(long, env = "DISTKV_CREDITOR_THREADS", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    creditor_threads: u16,
+    /// Key that clients must send as a bearer token.
+    #[arg(long, env = "DISTKV_API_KEY", hide_env_values = true)]
+    api_key: Option<String>,
+    /// Other members to wait for before the node is ready.
+    #[arg(long, env = "DISTKV_MIN_MEMBERS", default_value_t = 0)]
+    min_members: usize,
+    #[command(flatten)]
+    engine: EngineOptions,
+    #[command(flatten)]
+    fabric: FabricOptions,
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|v| (0.0..=1.0).contains(v)).ok_or_else(|| format!("`{text}` is not a number from 0 to 1"))
+}
+
+const LAUNCHED_FABRIC_PORT: u16 = 7946;
+
+/// Runs the subcommand until SIGTERM or SIGINT.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("server")
+        .enable_all()
+        .build()
+        .context("starting the server's threads")?;
+    let rank = rank::discover(|name| std::env::var(name).ok()).map_err(|e| anyhow!("rank environment: {e}"))?;
+    let mut listen = args.listen;
+    if let Some(rank) = &rank
+        && listen.port() != 0
+    {
+        let port = u32::from(listen.port()) + rank.local_rank;
+        listen.set_port(
+            u16::try_from(port)
+                .map_err(|_| anyhow!("--listen {listen}: no port is left for local rank {}", rank.local_rank))?,
+        );
+    }
+    // Taken before the model is loaded: a port in use is found out at once, and
+    // /health answers while weights load.
+    let listener = runtime.block_on(TcpListener::bind(listen)).with_context(|| format!("--listen {listen}"))?;
+    let http = listener.local_addr()?.to_string();
+    let config = node_config(&args, rank.as_ref(), http)?;
+
+    let files = args.model.as_ref().map(open_model).transpose()?;
+    let kv_bytes = kv_bytes(&args, files.as_ref())?;
+    let node = match &files {
+        Some(files) => {
+            let local = rank.as_ref().map_or(1, |r| r.local_size as usize);
+            Node::engine(&config, args.engine.model_parts(files, kv_bytes, args.engine.threads(local))?)?
+        }
+        None => Node::lender(&config, kv_bytes)?,
+    };
+    let ready = Arc::new(AtomicBool::new(false));
+    let state = state(&args, files, &node, ready.clone())?;
+    eprintln!(
+        "distkv: instance {} on {}; http://{} fabric {}",
+        node.instance(),
+        node.describe(),
+        listener.local_addr()?,
+        node.control_address()
+    );
+    let wanted = args.min_members.max(rank.as_ref().map_or(0, |r| r.size as usize - 1));
+    let view = node.view().clone();
+    runtime.block_on(async {
+        let announce = async {
+            while view.ledger().instances.iter().filter(|i| !i.me && i.row.is_some()).count() < wanted {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            ready.store(true, Ordering::Release);
+            eprintln!("distkv: ready");
+            std::future::pending::<()>().await;
+        };
+        let serve = crate::server::serve(listener, state, terminated());
+        tokio::select! {
+            result = serve => result.context("serving HTTP"),
+            () = announce => Ok(()),
+        }
+    })?;
+    eprintln!("distkv: draining");
+    node.drain();
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !node.view().drained() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    node.stop();
+    Ok(())
+}
+
+async fn terminated() {
+    let (term, int) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    match (term, int) {
+        (Ok(mut term), Ok(mut int)) => tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        },
+        _ => {
+            tracing::error!("signals cannot be watched; end this node with SIGKILL");
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+fn node_config(args: &Args, rank: Option<&Rank>, http: String) -> anyhow::Result<NodeConfig> {
+    let mut join: Vec<String> = args.join.clone();
+    let mut fabric = args.fabric_listen.unwrap_or(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0));
+    if let Some(rank) = rank
+        && join.is_empty()
+        && rank.size > 1
+    {
+        let master = rank.master.clone().unwrap_or_else(|| "127.0.0.1".into());
+        let port = args.fabric_listen.map_or(LAUNCHED_FABRIC_PORT, |a| a.port());
+        if rank.rank == 0 {
+            fabric.set_port(port);
+        } else {
+            fabric.set_port(0);
+            join.push(format!("{master}:{port}"));
+        }
+        if args.fabric_listen.is_none() && rank.local_size < rank.size {
+            fabric.set_ip(local_ip_towards(&format!("{master}:{port}"))?);
+        }
+    } else if args.fabric_listen.is_none()
+        && let Some(first) = join.first()
+    {
+        fabric.set_ip(local_ip_towards(first)?);
+    }
+    if fabric.ip().is_unspecified() {
+        bail!("--fabric-listen {fabric}: others are told this address, so name the interface's own");
+    }
+    let lend = args.lend.unwrap_or(if args.no_model { 1.0 } else { 0.5 });
+    let mut config =
+        args.fabric.node(fabric, lend, args.creditor_threads.into(), !args.engine.no_pin && rank.is_none());
+    config.rank = rank.map_or(0, |r| r.rank);
+    config.http = http;
+    config.join = join
+        .iter()
+        .map(|text| {
+            let address = text.strip_prefix("tcp://").unwrap_or(text);
+            let resolved = address.to_socket_addrs().with_context(|| format!("--join {text}: not a host:port"))?.next();
+            resolved.map(|a| format!("tcp://{a}")).ok_or_else(|| anyhow!("--join {text}: the name has no address"))
+        })
+        .collect::<anyhow::Result<_>>()?;
+    Ok(config)
+}
+
+/// Our address on the interface that leads to `target`. Nothing is sent.
+fn local_ip_towards(target: &str) -> anyhow::Result<IpAddr> {
+    let address = target.strip_prefix("tcp://").unwrap_or(target);
+    let target = address.to_socket_addrs().with_context(|| format!("{target}: not a host:port"))?.next();
+    let target = target.ok_or_else(|| anyhow!("{address}: the name has no address"))?;
+    let any: IpAddr =
+        if target.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { std::net::Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0)).context("finding the interface towards the other nodes")?;
+    socket.connect(target).with_context(|| format!("no route to {target}"))?;
+    Ok(socket.local_addr()?.ip())
+}
+
+fn kv_bytes(args: &Args, files: Option<&ModelFiles>) -> anyhow::Result<usize> {
+    if let Some(tokens) = args.kv_tokens {
+        let Some(files) = files else { bail!("--kv-tokens needs a model to know a token's size; use --kv-memory") };
+        let shape = files.config.kv_shape(args.engine.block_tokens, args.engine.kv_dtype.into());
+        return Ok(shape.blocks_for(tokens) * shape.block_bytes());
+    }
+    if let Some(bytes) = args.kv_memory {
+        return Ok(bytes.0);
+    }
+    let meminfo =
+        std::fs::read_to_string("/proc/meminfo").context("reading how much memory is free; give --kv-memory")?;
+    let available = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = available.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<usize>().ok());
+    let kib = kib.ok_or_else(|| anyhow!("the system does not say how much memory is free; give --kv-memory"))?;
+    Ok(kib * 1024 / 4)
+}
+
+fn state(
+    args: &Args,
+    files: Option<ModelFiles>,
+    node: &Node,
+    ready: Arc<AtomicBool>,
+) -> anyhow::Result<Arc<ServerState>> {
+    let model = match files {
+        Some(files) => Some(served_model(args, files, node)?),
+        None => None,
+    };
+    let (view, stats, me) = (node.view().clone(), node.stats_source(), node.instance().to_string());
+    let name = model.as_ref().map(|m| m.name.clone());
+    let exchange = node.exchange().clone();
+    let cluster_stats = stats.clone();
+    let cluster = Arc::new(move || {
+        let mut cluster = cluster_json(&view, &cluster_stats(), &me, name.as_deref());
+        let stages = exchange.histograms();
+        let stages = stages.iter().filter(|(_, h)| !h.is_empty());
+        let figures = |h: &hdrhistogram::Histogram<u64>| {
+            let us = |q: f64| h.value_at_quantile(q) as f64 / 1e3;
+            json!({"count": h.len(), "p50": us(0.5), "p99": us(0.99), "max": h.max() as f64 / 1e3})
+        };
+        let stages: serde_json::Map<String, Value> =
+            stages.map(|(s, h)| (Stage::name(*s).into(), figures(h))).collect();
+        cluster["exchange_us"] = Value::Object(stages);
+        cluster
+    });
+    let state = ServerState::new(model, stats, cluster, ready).with_api_key(args.api_key.as_deref());
+    Ok(Arc::new(state))
+}
+
+fn served_model(args: &Args, files: ModelFiles, node: &Node) -> anyhow::Result<Model> {
+    let tokenizer = files.tokenizer.ok_or_else(|| anyhow!("the model has no tokenizer: HTTP clients send text"))?;
+    let engine = node.handle().cloned().ok_or_else(|| anyhow!("the node runs no model"))?;
+    let defaults = defaults(&files.generation);
+    defaults.validate().map_err(|e| anyhow!("generation_config: {e}"))?;
+    Ok(Model {
+        engine,
+        text: Arc::new(ModelText::new(tokenizer, files.chat)),
+        name: args.served_model_name.clone().unwrap_or_else(|| files.name.clone()),
+        aliases: if args.served_model_name.is_some() { vec![files.name] } else { Vec::new() },
+        max_len: args.engine.max_model_len.unwrap_or(files.config.max_positions),
+        vocab: files.config.vocab,
+        eos: files.config.eos,
+        defaults,
+    })
+}
+
+fn defaults(generation: &GenerationDefaults) -> SamplingParams {
+    let usual = SamplingParams::default();
+    SamplingParams {
+        temperature: if generation.do_sample == Some(false) {
+            0.0
+        } else {
+            generation.temperature.unwrap_or(usual.temperature)
+        },
+        top_p: generation.top_p.unwrap_or(usual.top_p),
+        top_k: generation.top_k.unwrap_or(usual.top_k),
+        min_p: generation.min_p.unwrap_or(usual.min_p),
+        repetition_penalty: generation.repetition_penalty.unwrap_or(usual.repetition_penalty),
+        ..usual
+    }
+}
+
+/// `/cluster`: the ledger as this node knows it.
+fn cluster_json(view: &ClusterView, stats: &EngineStats, me: &str, model: Option<&str>) -> Value {
+    let ledger: Ledger = view.ledger();
+    let instances: Vec<Value> = ledger
+        .instances
+        .iter()
+        .map(|i| {
+            let row = i.row.as_ref();
+            let mut entry = json!({
+                "id": i.id,
+                "rank": i.rank,
+                "role": i.role,
+                "model": match i.role {
+                    Role::Engine if i.me => json!(model),
+                    Role::Engine => json!(i.model.as_ref().map(|m| format!("#{}", &m[..12.min(m.len())]))),
+                    Role::Lender => Value::Null,
+                },
+                "http": i.http,
+                "state": row.map(|r| r.service),
+                "blocks_total": row.map(|r| r.total),
+                "blocks_free": row.map(|r| r.free),
+                "blocks_lent": row.map(|r| r.lent),
+                "blocks_borrowed": row.map(|r| r.borrowed),
+                "lend_cap": row.map(|r| r.lend_cap),
+                "lendable_bytes": row.map(|r| r.shapeable_bytes),
+                "block_tokens": row.and_then(|r| r.shape).map(|s| s.block_tokens),
+                "running": row.map(|r| r.running),
+                "waiting": row.map(|r| r.waiting),
+                "last_heard_ms": i.silent_ms,
+            });
+            if i.me {
+                entry["blocks_cached"] = json!(stats.blocks_cached);
+            }
+            entry
+        })
+        .collect();
+    let loans: Vec<Value> = ledger
+        .loans
+        .iter()
+        .map(|l| json!({"id": l.loan, "debtor": l.debtor, "creditor": l.creditor, "request": l.request, "blocks": l.blocks, "epoch": l.epoch}))
+        .collect();
+    let links: Vec<Value> = ledger
+        .links
+        .iter()
+        .map(|l| json!({"from": l.from, "to": l.to, "transport": "tcp", "age_ms": l.age_ms}))
+        .collect();
+    json!({"self": me, "instances": instances, "loans": loans, "links": links})
+}

@@ -362,7 +362,7 @@ impl Assembly {
             shape: None,
             control: vec![control.address().0],
             creditor: creditors.iter().map(|t| t.address().0).collect(),
-            host: distkv_fabric::host_id(),
+            host: host_id(),
             rank: config.rank,
             http: config.http.clone(),
         };
@@ -438,6 +438,15 @@ impl Assembly {
             describe,
         })
     }
+}
+
+/// Names this host: equal for processes that can share memory. Where the system
+/// does not say, every process is a host of its own and shared memory unused.
+fn host_id() -> u64 {
+    let Some(token) = distkv_fabric::select::host_token() else { return rand::random() };
+    let mut id = [0; 8];
+    id.copy_from_slice(&blake3::derive_key("distkv host id v1", token.as_bytes())[..8]);
+    u64::from_le_bytes(id)
 }
 
 fn cluster_id(name: &str) -> [u8; 16] {

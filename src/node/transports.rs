@@ -2,8 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use distkv_fabric::loopback::LoopbackTransport;
-use distkv_fabric::tcp::{TcpConfig, TcpTransport};
+use distkv_fabric::select::Kind;
 use distkv_fabric::{Result, Transport};
 
 /// `--fabric`.
@@ -24,15 +23,12 @@ impl FabricChoice {
     /// New transports, the preferred one first: one set for the engine's lanes,
     /// another for the creditors.
     pub fn open(self, host: IpAddr) -> Result<Vec<Box<dyn Transport>>> {
-        let tcp = || -> Result<Box<dyn Transport>> {
-            Ok(Box::new(TcpTransport::bind(SocketAddr::new(host, 0), TcpConfig::default())?))
+        let kinds: &[Kind] = match self {
+            Self::Auto => &[Kind::Shm, Kind::Tcp],
+            Self::Shm => &[Kind::Shm],
+            Self::Tcp => &[Kind::Tcp],
+            Self::Loopback => &[Kind::Loopback],
         };
-        let shm = || -> Result<Box<dyn Transport>> { Ok(Box::new(LoopbackTransport::bind())) };
-        Ok(match self {
-            Self::Auto => vec![shm()?, tcp()?],
-            Self::Shm => vec![shm()?],
-            Self::Tcp => vec![tcp()?],
-            Self::Loopback => vec![Box::new(LoopbackTransport::bind())],
-        })
+        kinds.iter().map(|kind| kind.bind(SocketAddr::new(host, 0))).collect()
     }
 }

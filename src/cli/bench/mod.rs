@@ -1,4 +1,26 @@
-//! Benchmarks.
+//! `distkv bench`: measurements with HDR histograms.
 
 pub mod fabric;
 pub mod report;
+
+use clap::Subcommand;
+
+/// Arguments of `distkv bench`.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Latency, bandwidth and message rate of the fabric's transports.
+    Fabric(fabric::Args),
+}
+
+/// Runs the subcommand.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    match args.what {
+        What::Fabric(args) => fabric::run(args),
+    }
+}
