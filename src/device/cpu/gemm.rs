@@ -3,12 +3,14 @@
 //! rows, 256 input features at a time, so that the inner loop reads both from
 //! the first-level cache.
 #![allow(unsafe_code)]
+// Closures are compiled without the kernel's instruction set: plain loops.
+#![allow(clippy::needless_range_loop)]
 
 use std::ops::Range;
 
 use super::format::Format;
 use super::matrix::{Segment, with_format};
-use super::simd::{Kernel, PANEL, Simd};
+use super::simd::{Kernel, PANEL, Simd, lanes};
 
 /// Rows of a tile of activations.
 pub(super) const TILE: usize = 12;
@@ -207,7 +209,7 @@ unsafe fn micro<S: Simd, const R: usize, const W: usize>(
         let mut acc = [[S::splat(0.0); W]; R];
         let (mut x, mut w) = (x, w);
         for _ in 0..cols {
-            let weights: [S::F; W] = std::array::from_fn(|v| S::load(w.add(v * S::LANES)));
+            let weights: [S::F; W] = lanes!(S, W, v => S::load(w.add(v * S::LANES)));
             for r in 0..R {
                 let a = S::splat(*x.add(r));
                 for v in 0..W {

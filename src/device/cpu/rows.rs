@@ -67,13 +67,9 @@ impl Kernel for SwiGlu {
     unsafe fn run<S: Simd, const V: usize>(self) {
         // SAFETY: `cols` elements behind each pointer.
         unsafe {
-            let silu = |g: S::F, u: S::F| {
-                let e = S::exp2(S::mul(g, S::splat(-std::f32::consts::LOG2_E)));
-                S::mul(S::div(g, S::add(S::splat(1.0), e)), u)
-            };
             let whole = self.cols - self.cols % S::LANES;
             for i in (0..whole).step_by(S::LANES) {
-                S::store(self.out.add(i), silu(S::load(self.gate.add(i)), S::load(self.up.add(i))));
+                S::store(self.out.add(i), silu::<S>(S::load(self.gate.add(i)), S::load(self.up.add(i))));
             }
             if whole < self.cols {
                 let (mut g, mut u, mut o) = ([0.0; 16], [0.0; 16], [0.0; 16]);
@@ -81,12 +77,21 @@ impl Kernel for SwiGlu {
                     g[i - whole] = *self.gate.add(i);
                     u[i - whole] = *self.up.add(i);
                 }
-                S::store(o.as_mut_ptr(), silu(S::load(g.as_ptr()), S::load(u.as_ptr())));
+                S::store(o.as_mut_ptr(), silu::<S>(S::load(g.as_ptr()), S::load(u.as_ptr())));
                 for i in whole..self.cols {
                     *self.out.add(i) = o[i - whole];
                 }
             }
         }
+    }
+}
+
+#[inline(always)]
+unsafe fn silu<S: Simd>(gate: S::F, up: S::F) -> S::F {
+    // SAFETY: the caller's instruction set.
+    unsafe {
+        let e = S::exp2(S::mul(gate, S::splat(-std::f32::consts::LOG2_E)));
+        S::mul(S::div(gate, S::add(S::splat(1.0), e)), up)
     }
 }
 
