@@ -264,7 +264,7 @@ mod x86 {
             };
             load_f16(p: *const u16) -> __m512 = _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()));
             store_f16(p: *mut u16, x: __m512) -> () = {
-                _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<0x08>(x))
+                _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<0x00>(x))
             };
             load_bf16(p: *const u16) -> __m512 = {
                 let x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
@@ -364,7 +364,7 @@ mod x86 {
                 _mm256_castsi256_ps(_mm256_slli_epi32::<23>(n))
             };
             load_f16(p: *const u16) -> __m256 = _mm256_cvtph_ps(_mm_loadu_si128(p.cast()));
-            store_f16(p: *mut u16, x: __m256) -> () = _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<0x08>(x));
+            store_f16(p: *mut u16, x: __m256) -> () = _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<0x00>(x));
             load_bf16(p: *const u16) -> __m256 = {
                 let x = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))
