@@ -67,10 +67,6 @@ impl Aligned {
         Ok(())
     }
 
-    pub fn as_ptr(&self) -> *const u8 {
-        self.base.as_ptr()
-    }
-
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: mapped, initialised (zeroed) and ours.
         unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.len) }

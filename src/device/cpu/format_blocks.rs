@@ -4,10 +4,12 @@
 //! codes line `l` holds k = 4l .. 4l + 4 in its low nibbles and 16 further on in
 //! its high ones.
 #![allow(unsafe_code)]
+// Closures are compiled without the kernel's instruction set: plain loops.
+#![allow(clippy::needless_range_loop)]
 
 use super::format::{Format, SUM};
 use super::quant::{half_at, q4_k_scale_min, q6_k_code};
-use super::simd::{PANEL, Simd};
+use super::simd::{PANEL, Simd, lanes};
 
 /// Bytes of four k of a panel.
 pub(super) const LINE: usize = 4 * PANEL;
@@ -81,7 +83,7 @@ unsafe fn nibble_unpack<S: Simd, const V: usize>(lines: *const u8, scale: [S::F;
 #[inline(always)]
 unsafe fn halves<S: Simd, const V: usize>(p: *const u8) -> [S::F; V] {
     // SAFETY: HALVES bytes at `p`.
-    std::array::from_fn(|v| unsafe { S::load_f16(p.cast::<u16>().add(v * S::LANES)) })
+    unsafe { lanes!(S, V, v => S::load_f16(p.cast::<u16>().add(v * S::LANES))) }
 }
 
 #[inline(always)]
@@ -225,7 +227,7 @@ impl Format for Q4 {
         // SAFETY: the trait's contract.
         unsafe {
             let scale = halves::<S, V>(group);
-            let min = std::array::from_fn(|v| S::mul(scale[v], S::splat(-8.0)));
+            let min = lanes!(S, V, v => S::mul(scale[v], S::splat(-8.0)));
             nibble_unpack::<S, V>(group.add(HALVES), scale, min, out);
         }
     }
@@ -264,7 +266,7 @@ impl Format for Q4M {
             let mut part = zeros::<S, V, R>();
             nibble_product::<S, V, R>(group.add(2 * HALVES), x, 0, &mut part);
             add_scaled::<S, V, R>(acc, &part, &halves::<S, V>(group));
-            let sum: [[S::F; V]; R] = std::array::from_fn(|r| [S::splat(sum32(sums[r])); V]);
+            let sum: [[S::F; V]; R] = lanes!([[S::splat(0.0); V]; R], r => [S::splat(sum32(sums[r])); V]);
             add_scaled::<S, V, R>(acc, &sum, &halves::<S, V>(group.add(HALVES)));
         }
     }
@@ -292,8 +294,8 @@ impl Q4K {
         // SAFETY: a group of this format and one of its sub-blocks.
         unsafe {
             let (d, m) = (halves::<S, V>(group), halves::<S, V>(group.add(HALVES)));
-            let scale = std::array::from_fn(|v| S::mul(d[v], S::load_u8(sub.add(v * S::LANES))));
-            let min = std::array::from_fn(|v| S::mul(m[v], S::load_u8(sub.add(PANEL + v * S::LANES))));
+            let scale = lanes!(S, V, v => S::mul(d[v], S::load_u8(sub.add(v * S::LANES))));
+            let min = lanes!(S, V, v => S::mul(m[v], S::load_u8(sub.add(PANEL + v * S::LANES))));
             (scale, min)
         }
     }
@@ -342,7 +344,8 @@ impl Format for Q4K {
                 let mut part = zeros::<S, V, R>();
                 nibble_product::<S, V, R>(sub.add(2 * PANEL), x, j * 32, &mut part);
                 add_scaled::<S, V, R>(acc, &part, &scale);
-                let sum: [[S::F; V]; R] = std::array::from_fn(|r| [S::splat(-sum32(sums[r].add(j * 32 / SUM))); V]);
+                let sum: [[S::F; V]; R] =
+                    lanes!([[S::splat(0.0); V]; R], r => [S::splat(-sum32(sums[r].add(j * 32 / SUM))); V]);
                 add_scaled::<S, V, R>(acc, &sum, &min);
             }
         }
@@ -355,7 +358,7 @@ impl Format for Q4K {
             for j in 0..8 {
                 let sub = group.add(2 * HALVES + j * Self::SUB);
                 let (scale, min) = Self::scales::<S, V>(group, sub);
-                let min = std::array::from_fn(|v| S::mul(min[v], S::splat(-1.0)));
+                let min = lanes!(S, V, v => S::mul(min[v], S::splat(-1.0)));
                 nibble_unpack::<S, V>(sub.add(2 * PANEL), scale, min, out.add(j * 32 * PANEL));
             }
         }
@@ -394,7 +397,7 @@ impl Q6K {
         // SAFETY: a group of this format and one of its sub-blocks.
         unsafe {
             let d = halves::<S, V>(group);
-            std::array::from_fn(|v| S::mul(d[v], S::load_i8(sub.add(half * PANEL + v * S::LANES).cast())))
+            lanes!(S, V, v => S::mul(d[v], S::load_i8(sub.add(half * PANEL + v * S::LANES).cast())))
         }
     }
 }

@@ -3,12 +3,14 @@
 //! rows, 256 input features at a time, so that the inner loop reads both from
 //! the first-level cache.
 #![allow(unsafe_code)]
+// Closures are compiled without the kernel's instruction set: plain loops.
+#![allow(clippy::needless_range_loop)]
 
 use std::ops::Range;
 
 use super::format::Format;
 use super::matrix::{Segment, with_format};
-use super::simd::{Kernel, PANEL, Simd};
+use super::simd::{Kernel, PANEL, Simd, lanes};
 
 /// Rows of a tile of activations.
 pub(super) const TILE: usize = 12;
@@ -176,52 +178,60 @@ pub(super) unsafe fn micro_tile<S: Simd, const V: usize>(
     unsafe {
         if V == 2 {
             match rows {
-                9.. => micro::<S, 12, 2>(x, w, cols, rows, c, stride, load),
-                5..=8 => micro::<S, 8, 2>(x, w, cols, rows, c, stride, load),
-                _ => micro::<S, 4, 2>(x, w, cols, rows, c, stride, load),
+                9.. => micro::<S, 12, 2>(x, 1, TILE, w, cols, rows, c, stride, load),
+                5..=8 => micro::<S, 8, 2>(x, 1, TILE, w, cols, rows, c, stride, load),
+                _ => micro::<S, 4, 2>(x, 1, TILE, w, cols, rows, c, stride, load),
             }
         } else {
             for row in (0..rows).step_by(6) {
                 for half in 0..V / 2 {
                     let at = half * 2 * S::LANES;
                     let c = c.add(row * stride + at);
-                    micro::<S, 6, 2>(x.add(row), w.add(at), cols, (rows - row).min(6), c, stride, load);
+                    micro::<S, 6, 2>(x.add(row), 1, TILE, w.add(at), cols, (rows - row).min(6), c, stride, load);
                 }
             }
         }
     }
 }
 
+/// `c[rows][W vectors] (+)= x · w[k][PANEL]` in registers, x's element (row, k)
+/// at `row · xr + k · xk`.
+///
+/// # Safety
+/// `x` has `R` rows, `w` `depth` rows of PANEL, `c` `rows` rows, `stride` apart.
 #[inline(always)]
-unsafe fn micro<S: Simd, const R: usize, const W: usize>(
+#[allow(clippy::too_many_arguments)]
+pub(super) unsafe fn micro<S: Simd, const R: usize, const W: usize>(
     x: *const f32,
+    xr: usize,
+    xk: usize,
     w: *const f32,
-    cols: usize,
+    depth: usize,
     rows: usize,
     c: *mut f32,
     stride: usize,
     load: bool,
 ) {
-    // SAFETY: as `micro_tile`.
+    // SAFETY: as promised.
     unsafe {
         let mut acc = [[S::splat(0.0); W]; R];
         let (mut x, mut w) = (x, w);
-        for _ in 0..cols {
-            let weights: [S::F; W] = std::array::from_fn(|v| S::load(w.add(v * S::LANES)));
+        for _ in 0..depth {
+            let weights: [S::F; W] = lanes!(S, W, v => S::load(w.add(v * S::LANES)));
             for r in 0..R {
-                let a = S::splat(*x.add(r));
+                let a = S::splat(*x.add(r * xr));
                 for v in 0..W {
                     acc[r][v] = S::fma(a, weights[v], acc[r][v]);
                 }
             }
-            x = x.add(TILE);
+            x = x.add(xk);
             w = w.add(PANEL);
         }
-        for (r, acc) in acc.iter().enumerate() {
+        for r in 0..R {
             if r < rows {
-                for (v, &sum) in acc.iter().enumerate() {
+                for v in 0..W {
                     let c = c.add(r * stride + v * S::LANES);
-                    S::store(c, if load { S::add(S::load(c), sum) } else { sum });
+                    S::store(c, if load { S::add(S::load(c), acc[r][v]) } else { acc[r][v] });
                 }
             }
         }

@@ -1,15 +1,15 @@
 //! Products of a few rows, bounded by reading the weights: every weight is read
 //! once for all rows and widened in registers.
 #![allow(unsafe_code)]
+// Closures are compiled without the kernel's instruction set: plain loops.
+#![allow(clippy::needless_range_loop)]
 
 use std::ops::Range;
 
-use super::format::Format;
+use super::format::{Format, SUM};
 use super::matrix::{Segment, with_format};
-use super::simd::{Kernel, PANEL, Simd};
+use super::simd::{Kernel, PANEL, Simd, lanes};
 
-/// Rows of the largest block that is computed at once.
-pub(super) const ROWS: usize = 8;
 /// Bytes ahead that are asked for: the hardware's prefetchers stop at a page.
 const AHEAD: usize = 4096;
 
@@ -77,32 +77,23 @@ impl Gemv<'_> {
         // SAFETY: `weights` holds `groups` groups, and x and sums their rows.
         unsafe {
             // Where there are fewer rows the last one is computed again.
-            let mut x: [*const f32; R] = std::array::from_fn(|r| self.x.add((row + r.min(rows - 1)) * self.x_stride));
+            let mut x: [*const f32; R] =
+                lanes!([std::ptr::null(); R], r => self.x.add((row + r.min(rows - 1)) * self.x_stride));
             let mut sums: [*const f32; R] =
-                std::array::from_fn(|r| self.sums.wrapping_add((row + r.min(rows - 1)) * self.sums_stride));
+                lanes!([std::ptr::null(); R], r => self.sums.wrapping_add((row + r.min(rows - 1)) * self.sums_stride));
             let mut acc = [[S::splat(0.0); V]; R];
             // A second set of sums hides the latency where one is too short.
             let mut other = [[S::splat(0.0); V]; R];
             let mut group = weights.as_ptr();
             let mut left = self.segment.groups;
-            let step = |group: *const u8, x: &mut [*const f32; R], sums: &mut [*const f32; R], acc: &mut _| {
-                for at in (0..F::BYTES).step_by(64) {
-                    S::prefetch(group.wrapping_add(AHEAD + at));
-                }
-                F::product::<S, V, R>(group, x, sums, acc);
-                for r in 0..R {
-                    x[r] = x[r].add(F::K);
-                    sums[r] = sums[r].wrapping_add(F::K / super::format::SUM);
-                }
-            };
             while left >= 2 && F::K < 256 && R * V <= 8 {
-                step(group, &mut x, &mut sums, &mut acc);
-                step(group.add(F::BYTES), &mut x, &mut sums, &mut other);
+                step::<F, S, V, R>(group, &mut x, &mut sums, &mut acc);
+                step::<F, S, V, R>(group.add(F::BYTES), &mut x, &mut sums, &mut other);
                 group = group.add(2 * F::BYTES);
                 left -= 2;
             }
             while left > 0 {
-                step(group, &mut x, &mut sums, &mut acc);
+                step::<F, S, V, R>(group, &mut x, &mut sums, &mut acc);
                 group = group.add(F::BYTES);
                 left -= 1;
             }
@@ -134,6 +125,27 @@ impl Gemv<'_> {
                 }
                 *out.add(i) = if self.add { *out.add(i) + sum } else { sum };
             }
+        }
+    }
+}
+
+/// One group; moves x and sums on.
+#[inline(always)]
+unsafe fn step<F: Format, S: Simd, const V: usize, const R: usize>(
+    group: *const u8,
+    x: &mut [*const f32; R],
+    sums: &mut [*const f32; R],
+    acc: &mut [[S::F; V]; R],
+) {
+    // SAFETY: a group, and its activations.
+    unsafe {
+        for at in (0..F::BYTES).step_by(64) {
+            S::prefetch(group.wrapping_add(AHEAD + at));
+        }
+        F::product::<S, V, R>(group, x, sums, acc);
+        for r in 0..R {
+            x[r] = x[r].add(F::K);
+            sums[r] = sums[r].wrapping_add(F::K / SUM);
         }
     }
 }

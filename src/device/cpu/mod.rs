@@ -1,18 +1,27 @@
 //! The CPU device.
 
+mod attention;
+mod attention_few;
+mod attention_many;
+#[cfg(test)]
+mod attention_tests;
 pub mod bandwidth;
 mod buffer;
 mod format;
 mod format_blocks;
 mod gemm;
 mod gemv;
+mod kv_view;
 mod matrix;
 mod product;
 #[cfg(test)]
 mod product_tests;
 pub mod quant;
 pub mod reference;
+mod row_kernels;
 mod rows;
+#[cfg(test)]
+mod rows_tests;
 mod simd;
 mod step;
 pub mod threads;
@@ -24,6 +33,7 @@ pub use buffer::{Buffer, Vector};
 pub use matrix::Matrix;
 pub use simd::Isa;
 
+use attention::{Attend, Attention};
 use product::{Linear, Products};
 use step::Step;
 use threads::ThreadPool;
@@ -75,6 +85,7 @@ pub struct CpuDevice {
     isa: Isa,
     step: Step,
     products: Products,
+    attention: Attention,
 }
 
 impl CpuDevice {
@@ -85,7 +96,8 @@ impl CpuDevice {
         let mut step = Step::default();
         step.reserve(options.max_rows);
         let products = Products::new(isa, options.math, threads.threads())?;
-        Ok(Self { threads, options, isa, step, products })
+        let attention = Attention::new(isa, threads.threads());
+        Ok(Self { threads, options, isa, step, products, attention })
     }
 }
 
@@ -130,12 +142,7 @@ impl Device for CpuDevice {
     }
 
     fn rms_norm(&mut self, x: &Buffer, rows: usize, weight: &Vector, eps: f32, out: &mut Buffer) {
-        let cols = weight.as_slice().len();
-        let stride = out.cols();
-        for r in 0..rows {
-            let out = &mut out.as_mut_slice()[r * stride..][..cols];
-            reference::rms_norm(&x.row(r)[..cols], weight.as_slice(), eps, out);
-        }
+        rows::rms_norm(&mut self.threads, self.isa, x, rows, weight, eps, out);
     }
 
     fn linear(&mut self, x: &Buffer, rows: usize, weight: &Matrix, bias: Option<&Vector>, out: &mut Buffer) {
@@ -154,26 +161,7 @@ impl Device for CpuDevice {
         pool: &KvPool,
         qkv: &mut Buffer,
     ) {
-        let (d, stride) = (shape.head_dim, qkv.cols());
-        let mut normed = vec![0.0; d];
-        for (row, slot) in self.step.slots.iter().enumerate() {
-            let (cos, sin) = self.step.angles(row);
-            let qkv = &mut qkv.as_mut_slice()[row * stride..][..shape.qkv_width()];
-            for (h, head) in qkv.chunks_exact_mut(d).enumerate() {
-                if h < shape.heads + shape.kv_heads {
-                    if let Some((q_norm, k_norm, eps)) = qk_norm {
-                        let weight = if h < shape.heads { q_norm } else { k_norm };
-                        reference::rms_norm(head, weight.as_slice(), eps, &mut normed);
-                        head.copy_from_slice(&normed);
-                    }
-                    reference::rotate(head, cos, sin, self.step.interleaved);
-                }
-                if h >= shape.heads {
-                    let (v, kv_head) = ((h - shape.heads) >= shape.kv_heads, (h - shape.heads) % shape.kv_heads);
-                    reference::write_kv(pool, layer, slot.block, v, kv_head, slot.offset as usize, head);
-                }
-            }
-        }
+        rows::rope_append(&mut self.threads, self.isa, &self.step, shape, qk_norm, layer, pool, qkv);
     }
 
     fn attention(
@@ -186,19 +174,22 @@ impl Device for CpuDevice {
         o: &mut Buffer,
         lse: &mut Buffer,
     ) {
-        assert!(o.cols() == shape.q_width() && lse.cols() == shape.heads);
-        reference::attention(
+        let (o_stride, lse_stride) = (o.cols(), lse.cols());
+        let job = Attend {
             shape,
             window,
             layer,
             pool,
-            qkv.as_slice(),
-            qkv.cols(),
-            &self.step.seqs,
-            &self.step.runs,
-            o.as_mut_slice(),
-            lse.as_mut_slice(),
-        );
+            q: qkv.as_slice(),
+            q_stride: qkv.cols(),
+            seqs: &self.step.seqs,
+            runs: &self.step.runs,
+            o: o.as_mut_slice(),
+            o_stride,
+            lse: lse.as_mut_slice(),
+            lse_stride,
+        };
+        self.attention.run(&mut self.threads, job);
     }
 
     fn export_queries(&mut self, shape: &AttentionShape, qkv: &Buffer, rows: &[Range<u32>], dst: &mut [f32]) {
@@ -218,27 +209,11 @@ impl Device for CpuDevice {
         o: &mut Buffer,
         lse: &mut Buffer,
     ) {
-        let d = shape.head_dim;
-        let (o_stride, lse_stride) = (o.cols(), lse.cols());
-        let rows = rows.iter().flat_map(|r| r.clone());
-        for (i, row) in rows.enumerate() {
-            let row = row as usize;
-            for head in 0..shape.heads {
-                reference::merge(
-                    &mut o.as_mut_slice()[row * o_stride + head * d..][..d],
-                    &mut lse.as_mut_slice()[row * lse_stride + head],
-                    &remote_o[i * shape.q_width() + head * d..][..d],
-                    remote_lse[i * shape.heads + head],
-                );
-            }
-        }
+        rows::merge(&mut self.threads, self.isa, shape, rows, remote_o, remote_lse, o, lse);
     }
 
     fn swiglu(&mut self, gate_up: &Buffer, rows: usize, out: &mut Buffer) {
-        let (n, stride) = (gate_up.cols() / 2, out.cols());
-        for r in 0..rows {
-            reference::swiglu(gate_up.row(r), &mut out.as_mut_slice()[r * stride..][..n]);
-        }
+        rows::swiglu(&mut self.threads, self.isa, gate_up, rows, out);
     }
 
     fn gather(&mut self, x: &Buffer, rows: &[u32], out: &mut Buffer) {
@@ -257,14 +232,17 @@ impl Device for CpuDevice {
 /// The CPU as a creditor's kernel: threads of its own, so that lent rBlocks are
 /// attended to while the engine is in its own step.
 pub struct CpuHolder {
-    #[allow(dead_code)]
     threads: ThreadPool,
+    attention: Attention,
 }
 
 impl CpuHolder {
     /// Starts the threads.
     pub fn new(options: CpuOptions) -> Result<Self> {
-        Ok(Self { threads: ThreadPool::new(options.threads, options.pin)? })
+        let isa = options.isa.map_or_else(Isa::detect, Isa::checked)?;
+        let threads = ThreadPool::new(options.threads, options.pin)?;
+        let attention = Attention::new(isa, threads.threads());
+        Ok(Self { threads, attention })
     }
 }
 
@@ -281,6 +259,8 @@ impl HolderKernel for CpuHolder {
         o: &mut [f32],
         lse: &mut [f32],
     ) {
-        reference::attention(shape, window, layer, pool, q, shape.q_width(), seqs, runs, o, lse);
+        let (q_stride, o_stride, lse_stride) = (shape.q_width(), shape.q_width(), shape.heads);
+        let job = Attend { shape, window, layer, pool, q, q_stride, seqs, runs, o, o_stride, lse, lse_stride };
+        self.attention.run(&mut self.threads, job);
     }
 }

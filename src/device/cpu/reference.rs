@@ -181,7 +181,7 @@ pub fn attention(
     let d = shape.head_dim;
     let group = shape.heads / shape.kv_heads;
     for seq in seqs {
-        let runs = &runs[seq.run as usize..][..seq.runs as usize];
+        let runs = if seq.runs == 0 { &[] } else { &runs[seq.run as usize..][..seq.runs as usize] };
         for r in 0..seq.rows {
             let row = (seq.row + r) as usize;
             for head in 0..shape.heads {

@@ -1,228 +1,174 @@
-//! Kernels that work row by row: norm, rotary embedding and KV append, SwiGLU.
+//! What works row by row: norm, rotary embedding and KV append, SwiGLU, merge.
+//! A row or two are done by the caller alone; the kernels are in `row_kernels`.
 #![allow(unsafe_code)]
 
-use super::simd::{Kernel, Simd};
-use crate::kv::rblock::KvDtype;
+use std::ops::Range;
 
-/// `out = x / rms(x) · weight`; `out` may be `x`.
-pub(super) struct RmsNorm {
-    pub x: *const f32,
-    pub weight: *const f32,
-    pub cols: usize,
-    pub eps: f32,
-    pub out: *mut f32,
+use super::buffer::{Buffer, Shared, Vector};
+use super::product::SendPtr;
+use super::row_kernels::{Blend, RmsNorm, RopeAppend, SwiGlu};
+use super::simd::{Isa, dispatch};
+use super::step::Step;
+use super::threads::ThreadPool;
+use crate::device::AttentionShape;
+use crate::kv::pool::KvPool;
+
+/// Elements that are worth waking a thread for.
+const SHARE: usize = 1 << 14;
+
+/// Rows of `cols` elements that a thread claims at a time.
+fn grain(cols: usize) -> usize {
+    SHARE.div_ceil(cols.max(1))
 }
 
-impl Kernel for RmsNorm {
-    type Out = ();
-
-    #[inline(always)]
-    unsafe fn run<S: Simd, const V: usize>(self) {
-        // SAFETY: `cols` elements behind each pointer.
-        unsafe {
-            let whole = self.cols - self.cols % S::LANES;
-            let mut acc = [S::splat(0.0); 4];
-            let mut i = 0;
-            while i + 4 * S::LANES <= whole {
-                for (j, acc) in acc.iter_mut().enumerate() {
-                    let x = S::load(self.x.add(i + j * S::LANES));
-                    *acc = S::fma(x, x, *acc);
-                }
-                i += 4 * S::LANES;
-            }
-            while i < whole {
-                let x = S::load(self.x.add(i));
-                acc[0] = S::fma(x, x, acc[0]);
-                i += S::LANES;
-            }
-            let mut sum = S::sum(S::add(S::add(acc[0], acc[1]), S::add(acc[2], acc[3])));
-            for i in whole..self.cols {
-                sum += *self.x.add(i) * *self.x.add(i);
-            }
-            let factor = 1.0 / (sum / self.cols as f32 + self.eps).sqrt();
-            let factors = S::splat(factor);
-            for i in (0..whole).step_by(S::LANES) {
-                let x = S::mul(S::load(self.x.add(i)), factors);
-                S::store(self.out.add(i), S::mul(x, S::load(self.weight.add(i))));
-            }
-            for i in whole..self.cols {
-                *self.out.add(i) = *self.x.add(i) * factor * *self.weight.add(i);
-            }
+pub(super) fn rms_norm(
+    threads: &mut ThreadPool,
+    isa: Isa,
+    x: &Buffer,
+    rows: usize,
+    weight: &Vector,
+    eps: f32,
+    out: &mut Buffer,
+) {
+    let weight = weight.as_slice();
+    let cols = weight.len();
+    assert!(x.cols() >= cols && out.cols() >= cols && rows <= x.rows() && rows <= out.rows());
+    let stride = out.cols();
+    let target = Shared::new(out.as_mut_slice());
+    threads.run(rows, grain(cols), &|_, range| {
+        for r in range {
+            // SAFETY: row `r` is this chunk's.
+            let out = unsafe { target.range(r * stride..r * stride + cols) };
+            let kernel = RmsNorm { x: x.row(r).as_ptr(), weight: weight.as_ptr(), cols, eps, out: out.as_mut_ptr() };
+            // SAFETY: `cols` elements each, checked above.
+            unsafe { dispatch(isa, kernel) };
         }
-    }
+    });
 }
 
-/// `out = silu(gate) · up`.
-pub(super) struct SwiGlu {
-    pub gate: *const f32,
-    pub up: *const f32,
-    pub cols: usize,
-    pub out: *mut f32,
+pub(super) fn swiglu(threads: &mut ThreadPool, isa: Isa, gate_up: &Buffer, rows: usize, out: &mut Buffer) {
+    let cols = gate_up.cols() / 2;
+    assert!(out.cols() >= cols && rows <= gate_up.rows() && rows <= out.rows());
+    let stride = out.cols();
+    let target = Shared::new(out.as_mut_slice());
+    threads.run(rows, grain(4 * cols), &|_, range| {
+        for r in range {
+            let (gate, up) = gate_up.row(r).split_at(cols);
+            // SAFETY: row `r` is this chunk's.
+            let out = unsafe { target.range(r * stride..r * stride + cols) };
+            let kernel = SwiGlu { gate: gate.as_ptr(), up: up.as_ptr(), cols, out: out.as_mut_ptr() };
+            // SAFETY: `cols` elements each.
+            unsafe { dispatch(isa, kernel) };
+        }
+    });
 }
 
-impl Kernel for SwiGlu {
-    type Out = ();
-
-    #[inline(always)]
-    unsafe fn run<S: Simd, const V: usize>(self) {
-        // SAFETY: `cols` elements behind each pointer.
-        unsafe {
-            let silu = |g: S::F, u: S::F| {
-                let e = S::exp2(S::mul(g, S::splat(-std::f32::consts::LOG2_E)));
-                S::mul(S::div(g, S::add(S::splat(1.0), e)), u)
+#[allow(clippy::too_many_arguments)]
+pub(super) fn rope_append(
+    threads: &mut ThreadPool,
+    isa: Isa,
+    step: &Step,
+    shape: &AttentionShape,
+    qk_norm: Option<(&Vector, &Vector, f32)>,
+    layer: usize,
+    pool: &KvPool,
+    qkv: &mut Buffer,
+) {
+    let (d, stride, kv) = (shape.head_dim, qkv.cols(), pool.shape());
+    assert!(stride >= shape.qkv_width() && step.rows() <= qkv.rows() && layer < kv.layers as usize);
+    assert!(kv.head_dim as usize == d && kv.kv_heads as usize == shape.kv_heads && step.pairs == d / 2);
+    assert!(step.slots.iter().all(|s| s.block < pool.blocks() && s.offset < kv.block_tokens), "a slot out of pool");
+    let qk_norm = qk_norm.map(|(q, k, eps)| {
+        assert!(q.as_slice().len() == d && k.as_slice().len() == d);
+        (q.as_slice().as_ptr(), k.as_slice().as_ptr(), eps)
+    });
+    let qk_norm = qk_norm.map(|(q, k, eps)| (SendPtr(q), SendPtr(k), eps));
+    let token_bytes = d * kv.dtype.size();
+    let target = Shared::new(qkv.as_mut_slice());
+    threads.run(step.rows(), grain(4 * shape.qkv_width()), &|_, range| {
+        for r in range {
+            let slot = step.slots[r];
+            let (cos, sin) = step.angles(r);
+            // SAFETY: row `r` is this chunk's.
+            let row = unsafe { target.range(r * stride..r * stride + shape.qkv_width()) };
+            let kernel = RopeAppend {
+                qkv: row.as_mut_ptr(),
+                heads: shape.heads,
+                kv_heads: shape.kv_heads,
+                head_dim: d,
+                qk_norm: qk_norm.map(|(q, k, eps)| (q.get(), k.get(), eps)),
+                cos,
+                sin,
+                interleaved: step.interleaved,
+                // SAFETY: layer, block and offset were checked above.
+                kv: unsafe {
+                    pool.memory().as_ptr().add(pool.offset(layer, slot.block) + slot.offset as usize * token_bytes)
+                },
+                head_stride: kv.head_bytes(),
+                dtype: kv.dtype,
             };
-            let whole = self.cols - self.cols % S::LANES;
-            for i in (0..whole).step_by(S::LANES) {
-                S::store(self.out.add(i), silu(S::load(self.gate.add(i)), S::load(self.up.add(i))));
-            }
-            if whole < self.cols {
-                let (mut g, mut u, mut o) = ([0.0; 16], [0.0; 16], [0.0; 16]);
-                for i in whole..self.cols {
-                    g[i - whole] = *self.gate.add(i);
-                    u[i - whole] = *self.up.add(i);
-                }
-                S::store(o.as_mut_ptr(), silu(S::load(g.as_ptr()), S::load(u.as_ptr())));
-                for i in whole..self.cols {
-                    *self.out.add(i) = o[i - whole];
-                }
-            }
+            // SAFETY: as above; the slot's block belongs to this step.
+            unsafe { dispatch(isa, kernel) };
         }
-    }
+    });
 }
 
-/// `into = into · a + from · b`.
-pub(super) struct Blend {
-    pub into: *mut f32,
-    pub from: *const f32,
-    pub len: usize,
-    pub a: f32,
-    pub b: f32,
-}
-
-impl Kernel for Blend {
-    type Out = ();
-
-    #[inline(always)]
-    unsafe fn run<S: Simd, const V: usize>(self) {
-        // SAFETY: `len` elements behind each pointer.
-        unsafe {
-            let whole = self.len - self.len % S::LANES;
-            for i in (0..whole).step_by(S::LANES) {
-                let x = S::mul(S::load(self.into.add(i)), S::splat(self.a));
-                S::store(self.into.add(i), S::fma(S::load(self.from.add(i)), S::splat(self.b), x));
+#[allow(clippy::too_many_arguments)]
+pub(super) fn merge(
+    threads: &mut ThreadPool,
+    isa: Isa,
+    shape: &AttentionShape,
+    rows: &[Range<u32>],
+    remote_o: &[f32],
+    remote_lse: &[f32],
+    o: &mut Buffer,
+    lse: &mut Buffer,
+) {
+    let (d, heads, width) = (shape.head_dim, shape.heads, shape.q_width());
+    let (o_stride, lse_stride) = (o.cols(), lse.cols());
+    let total: usize = rows.iter().map(|r| r.len()).sum();
+    assert!(remote_o.len() >= total * width && remote_lse.len() >= total * heads);
+    assert!(o_stride >= width && lse_stride >= heads);
+    let (o, lse) = (Shared::new(o.as_mut_slice()), Shared::new(lse.as_mut_slice()));
+    threads.run(total, grain(2 * width), &|_, range| {
+        let mut before = 0;
+        for part in rows {
+            let start = range.start.clamp(before, before + part.len());
+            let end = range.end.clamp(before, before + part.len());
+            for i in start..end {
+                let row = part.start as usize + i - before;
+                for h in 0..heads {
+                    // SAFETY: the ranges do not overlap, and row `row` is this
+                    // chunk's.
+                    let (a, a_lse) = unsafe {
+                        let a = o.range(row * o_stride + h * d..row * o_stride + (h + 1) * d);
+                        (a, &mut lse.range(row * lse_stride + h..row * lse_stride + h + 1)[0])
+                    };
+                    let b = &remote_o[i * width + h * d..][..d];
+                    merge_head(isa, a, a_lse, b, remote_lse[i * heads + h]);
+                }
             }
-            for i in whole..self.len {
-                *self.into.add(i) = *self.into.add(i) * self.a + *self.from.add(i) * self.b;
-            }
+            before += part.len();
         }
+    });
+}
+
+/// Merges `(b, b_lse)` into `(a, a_lse)`; an empty part leaves the other as it
+/// is, bit for bit.
+fn merge_head(isa: Isa, a: &mut [f32], a_lse: &mut f32, b: &[f32], b_lse: f32) {
+    if b_lse == f32::NEG_INFINITY {
+        return;
     }
-}
-
-/// One row's fused QKV: normed, rotated in place, and its K and V heads
-/// written to their block.
-pub(super) struct RopeAppend<'a> {
-    /// `[heads + 2 · kv_heads, head_dim]`.
-    pub qkv: *mut f32,
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub head_dim: usize,
-    /// Weights of the q and of the k norm, each `[head_dim]`, and epsilon.
-    pub qk_norm: Option<(*const f32, *const f32, f32)>,
-    /// `[head_dim / 2]` each.
-    pub cos: &'a [f32],
-    pub sin: &'a [f32],
-    pub interleaved: bool,
-    /// This token's element of the first K head; heads are `head_stride` bytes
-    /// apart, V heads follow K heads.
-    pub kv: *mut u8,
-    pub head_stride: usize,
-    pub dtype: KvDtype,
-}
-
-impl Kernel for RopeAppend<'_> {
-    type Out = ();
-
-    #[inline(always)]
-    unsafe fn run<S: Simd, const V: usize>(self) {
-        let d = self.head_dim;
-        for h in 0..self.heads + 2 * self.kv_heads {
-            // SAFETY: the head is in the row, its place in the block.
-            unsafe {
-                let head = self.qkv.add(h * d);
-                if h < self.heads + self.kv_heads {
-                    if let Some((q, k, eps)) = self.qk_norm {
-                        let weight = if h < self.heads { q } else { k };
-                        RmsNorm { x: head, weight, cols: d, eps, out: head }.run::<S, V>();
-                    }
-                    self.rotate::<S>(head);
-                }
-                if h >= self.heads {
-                    store_kv::<S>(head, d, self.kv.add((h - self.heads) * self.head_stride), self.dtype);
-                }
-            }
-        }
+    if *a_lse == f32::NEG_INFINITY {
+        a.copy_from_slice(b);
+        *a_lse = b_lse;
+        return;
     }
-}
-
-impl RopeAppend<'_> {
-    #[inline(always)]
-    unsafe fn rotate<S: Simd>(&self, head: *mut f32) {
-        let half = self.head_dim / 2;
-        assert!(self.cos.len() == half && self.sin.len() == half);
-        // SAFETY: `head_dim` elements at `head`.
-        unsafe {
-            let mut i = 0;
-            if !self.interleaved {
-                while i + S::LANES <= half {
-                    let (x, y) = (S::load(head.add(i)), S::load(head.add(i + half)));
-                    let (cos, sin) = (S::load(self.cos.as_ptr().add(i)), S::load(self.sin.as_ptr().add(i)));
-                    S::store(head.add(i), S::sub(S::mul(x, cos), S::mul(y, sin)));
-                    S::store(head.add(i + half), S::add(S::mul(x, sin), S::mul(y, cos)));
-                    i += S::LANES;
-                }
-            }
-            while i < half {
-                let (a, b) = if self.interleaved { (2 * i, 2 * i + 1) } else { (i, i + half) };
-                let (x, y) = (*head.add(a), *head.add(b));
-                let (cos, sin) = (*self.cos.get_unchecked(i), *self.sin.get_unchecked(i));
-                *head.add(a) = x * cos - y * sin;
-                *head.add(b) = x * sin + y * cos;
-                i += 1;
-            }
-        }
-    }
-}
-
-/// Writes `len` elements as the pool's type, rounded to nearest even.
-#[inline(always)]
-unsafe fn store_kv<S: Simd>(from: *const f32, len: usize, to: *mut u8, dtype: KvDtype) {
-    // SAFETY: `len` elements on both sides; rows of a block are aligned to the
-    // element at least, since head_dim is even and the pool page-aligned.
-    unsafe {
-        match dtype {
-            KvDtype::F32 => std::ptr::copy_nonoverlapping(from, to.cast::<f32>(), len),
-            KvDtype::Bf16 => {
-                for i in 0..len {
-                    to.cast::<u16>().add(i).write(to_bf16(*from.add(i)));
-                }
-            }
-            KvDtype::F16 => {
-                let whole = len - len % S::LANES;
-                for i in (0..whole).step_by(S::LANES) {
-                    S::store_f16(to.cast::<u16>().add(i), S::load(from.add(i)));
-                }
-                for i in whole..len {
-                    to.cast::<u16>().add(i).write(half::f16::from_f32(*from.add(i)).to_bits());
-                }
-            }
-        }
-    }
-}
-
-/// Nearest even bf16; a NaN stays one.
-#[inline(always)]
-pub(super) fn to_bf16(x: f32) -> u16 {
-    let bits = x.to_bits();
-    let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
-    if bits & 0x7fff_ffff > 0x7f80_0000 { (bits >> 16) as u16 | 0x40 } else { rounded }
+    let max = a_lse.max(b_lse);
+    let (wa, wb) = ((*a_lse - max).exp(), (b_lse - max).exp());
+    let sum = wa + wb;
+    let kernel = Blend { into: a.as_mut_ptr(), from: b.as_ptr(), len: a.len(), a: wa / sum, b: wb / sum };
+    // SAFETY: both of `len` elements.
+    unsafe { dispatch(isa, kernel) };
+    *a_lse = max + sum.ln();
 }

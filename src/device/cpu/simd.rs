@@ -171,6 +171,22 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     }
 }
 
+/// An array of vectors, one expression each. What `array::from_fn` does, without
+/// the closure: a closure does not inherit its function's instruction set.
+macro_rules! lanes {
+    ($S:ident, $n:expr, $i:ident => $body:expr) => {
+        lanes!([$S::splat(0.0); $n], $i => $body)
+    };
+    ($start:expr, $i:ident => $body:expr) => {{
+        let mut all = $start;
+        for $i in 0..all.len() {
+            all[$i] = $body;
+        }
+        all
+    }};
+}
+pub(super) use lanes;
+
 /// A loop to be compiled for each instruction set.
 pub(super) trait Kernel {
     type Out;
@@ -248,7 +264,7 @@ mod x86 {
             };
             load_f16(p: *const u16) -> __m512 = _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()));
             store_f16(p: *mut u16, x: __m512) -> () = {
-                _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<0x08>(x))
+                _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<0x00>(x))
             };
             load_bf16(p: *const u16) -> __m512 = {
                 let x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
@@ -287,21 +303,39 @@ mod x86 {
         unsafe fn sums(v: &[__m512; 16]) -> __m512 {
             // A tree of halves: add the upper to the lower half of each pair's
             // elements, four times, each time with half as many vectors.
-            unsafe {
-                let pair = |a, b| _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-                let four = |a, b| {
-                    let (a, b) = (_mm512_castps_pd(a), _mm512_castps_pd(b));
-                    let (lo, hi) = (_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
-                    _mm512_add_ps(_mm512_castpd_ps(lo), _mm512_castpd_ps(hi))
-                };
-                let across = |a, b| {
-                    let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(a, b);
-                    let odd = _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b);
-                    _mm512_add_ps(even, odd)
-                };
-                let quad = |i: usize| four(pair(v[i], v[i + 1]), pair(v[i + 2], v[i + 3]));
-                across(across(quad(0), quad(4)), across(quad(8), quad(12)))
-            }
+            unsafe { across512(across512(quad512(v, 0), quad512(v, 4)), across512(quad512(v, 8), quad512(v, 12))) }
+        }
+    }
+
+    /// Sums of the 128-bit lanes of four vectors, interleaved.
+    #[inline(always)]
+    unsafe fn quad512(v: &[__m512; 16], i: usize) -> __m512 {
+        unsafe {
+            let a = _mm512_add_ps(_mm512_unpacklo_ps(v[i], v[i + 1]), _mm512_unpackhi_ps(v[i], v[i + 1]));
+            let b = _mm512_add_ps(_mm512_unpacklo_ps(v[i + 2], v[i + 3]), _mm512_unpackhi_ps(v[i + 2], v[i + 3]));
+            let (a, b) = (_mm512_castps_pd(a), _mm512_castps_pd(b));
+            let (low, high) = (_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
+            _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn across512(a: __m512, b: __m512) -> __m512 {
+        unsafe {
+            let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(a, b);
+            let odd = _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b);
+            _mm512_add_ps(even, odd)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn quad256(v: &[__m256; 16], i: usize) -> __m256 {
+        unsafe {
+            let a = _mm256_add_ps(_mm256_unpacklo_ps(v[i], v[i + 1]), _mm256_unpackhi_ps(v[i], v[i + 1]));
+            let b = _mm256_add_ps(_mm256_unpacklo_ps(v[i + 2], v[i + 3]), _mm256_unpackhi_ps(v[i + 2], v[i + 3]));
+            let (a, b) = (_mm256_castps_pd(a), _mm256_castps_pd(b));
+            let (low, high) = (_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b));
+            _mm256_add_ps(_mm256_castpd_ps(low), _mm256_castpd_ps(high))
         }
     }
 
@@ -330,7 +364,7 @@ mod x86 {
                 _mm256_castsi256_ps(_mm256_slli_epi32::<23>(n))
             };
             load_f16(p: *const u16) -> __m256 = _mm256_cvtph_ps(_mm_loadu_si128(p.cast()));
-            store_f16(p: *mut u16, x: __m256) -> () = _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<0x08>(x));
+            store_f16(p: *mut u16, x: __m256) -> () = _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<0x00>(x));
             load_bf16(p: *const u16) -> __m256 = {
                 let x = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))
@@ -361,14 +395,7 @@ mod x86 {
         #[inline(always)]
         unsafe fn sums(v: &[__m256; 16]) -> __m256 {
             unsafe {
-                let pair = |a, b| _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
-                let four = |a, b| {
-                    let (a, b) = (_mm256_castps_pd(a), _mm256_castps_pd(b));
-                    let (lo, hi) = (_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b));
-                    _mm256_add_ps(_mm256_castpd_ps(lo), _mm256_castpd_ps(hi))
-                };
-                let quad = |i: usize| four(pair(v[i], v[i + 1]), pair(v[i + 2], v[i + 3]));
-                let (a, b) = (quad(0), quad(4));
+                let (a, b) = (quad256(v, 0), quad256(v, 4));
                 _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b))
             }
         }

@@ -46,8 +46,13 @@ impl Step {
                 return bad(format!("a sequence begins at row {} of the step, not {row}", seq.row));
             }
             row += seq.rows as usize;
-            if seq.run as usize + seq.runs as usize > step.runs.len() {
-                return bad(format!("a sequence names {} KV runs of {}", seq.run + seq.runs, step.runs.len()));
+            if seq.runs > 0 && seq.run as usize + seq.runs as usize > step.runs.len() {
+                return bad(format!(
+                    "a sequence names {} KV runs from {} on, of {}",
+                    seq.runs,
+                    seq.run,
+                    step.runs.len()
+                ));
             }
         }
         if row != rows {

@@ -1,0 +1,339 @@
+//! MicroAttention of a few query vectors a KV head: decode. Bounded by reading
+//! keys and values, so they are read once, in the order they lie in memory, for
+//! all heads of the group and all rows.
+#![allow(unsafe_code)]
+// Closures are compiled without the kernel's instruction set: plain loops.
+#![allow(clippy::needless_range_loop)]
+
+use super::attention::{PAD, Partials};
+use super::kv_view::{KvView, load, widen};
+use super::simd::{Kernel, Simd};
+use crate::kv::rblock::{KvDtype, KvRun};
+
+/// All query heads of the consecutive rows of one sequence over some runs.
+pub(super) struct Few<'a> {
+    pub kv: KvView,
+    /// First row; rows `q_stride` apart.
+    pub q: *const f32,
+    pub q_stride: usize,
+    pub rows: usize,
+    /// Of the first row.
+    pub position: u32,
+    /// Query heads a KV head.
+    pub group: usize,
+    /// On scores, in units of ln 2.
+    pub scale: f32,
+    pub window: Option<u32>,
+    pub runs: &'a [KvRun],
+    /// [`Few::scratch`] elements.
+    pub scratch: *mut f32,
+    pub partials: Partials,
+    /// Partial of row 0 and head 0; row-major.
+    pub first: usize,
+}
+
+impl Few<'_> {
+    /// f32 elements of scratch for up to `vectors` query vectors a KV head.
+    pub fn scratch(kv_heads: usize, vectors: usize, padded: usize, block_tokens: usize) -> usize {
+        let tokens = block_tokens.next_multiple_of(PAD);
+        2 * kv_heads * vectors * padded + 2 * kv_heads * vectors + tokens * vectors + PAD * padded + 4 * PAD
+    }
+}
+
+impl Kernel for Few<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd, const V: usize>(self) {
+        // The element type is decided once, outside the loops.
+        // SAFETY: the fields are as they say.
+        unsafe {
+            match self.kv.dtype {
+                KvDtype::Bf16 => self.walk::<S>(KvDtype::Bf16),
+                KvDtype::F16 => self.walk::<S>(KvDtype::F16),
+                KvDtype::F32 => self.walk::<S>(KvDtype::F32),
+            }
+        }
+    }
+}
+
+impl Few<'_> {
+    #[inline(always)]
+    unsafe fn walk<S: Simd>(&self, dtype: KvDtype) {
+        let kv = &self.kv;
+        let (d, padded) = (kv.head_dim, kv.head_dim.next_multiple_of(PAD));
+        let vectors = self.rows * self.group;
+        let all = kv.kv_heads * vectors;
+        let tokens = kv.block_tokens.next_multiple_of(PAD);
+        // SAFETY: scratch has room for all of these; see `scratch`.
+        unsafe {
+            let q = self.scratch;
+            let acc = q.add(all * padded);
+            let stats = acc.add(all * padded);
+            let tile = stats.add((2 * all).next_multiple_of(PAD));
+            let scores = tile.add(PAD * padded);
+            // Query vectors by KV head, scaled; sums empty.
+            for head in 0..kv.kv_heads {
+                for v in 0..vectors {
+                    let from = self.q.add(v / self.group * self.q_stride + (head * self.group + v % self.group) * d);
+                    let to = q.add((head * vectors + v) * padded);
+                    for i in 0..padded {
+                        *to.add(i) = if i < d { *from.add(i) * self.scale } else { 0.0 };
+                    }
+                    *stats.add(2 * (head * vectors + v)) = f32::NEG_INFINITY;
+                    *stats.add(2 * (head * vectors + v) + 1) = 0.0;
+                }
+            }
+            for i in 0..all * padded {
+                *acc.add(i) = 0.0;
+            }
+            for (index, run) in self.runs.iter().enumerate() {
+                let (low, _) = self.visible(run, 0);
+                let (_, high) = self.visible(run, self.rows - 1);
+                if low >= high {
+                    continue;
+                }
+                let block = kv.block(run);
+                // What comes after: the same place in the next block.
+                let next = self.runs.get(index + 1).map_or(block, |next| kv.block(next));
+                let ahead = (next as isize).wrapping_sub(block as isize);
+                for head in 0..kv.kv_heads {
+                    let keys = block.add(head * kv.head_bytes);
+                    self.score::<S>(
+                        dtype,
+                        keys,
+                        ahead,
+                        run.tokens as usize,
+                        q.add(head * vectors * padded),
+                        tile,
+                        scores,
+                        tokens,
+                    );
+                    self.soften::<S>(
+                        run,
+                        scores,
+                        tokens,
+                        stats.add(2 * head * vectors),
+                        acc.add(head * vectors * padded),
+                    );
+                    let values = block.add((kv.kv_heads + head) * kv.head_bytes);
+                    let acc = acc.add(head * vectors * padded);
+                    let count = run.tokens as usize;
+                    let mut v = 0;
+                    while v < vectors {
+                        let (acc, scores) = (acc.add(v * padded), scores.add(v * tokens));
+                        v += match vectors - v {
+                            1 => self.add_values::<S, 1>(dtype, values, ahead, count, scores, tokens, acc),
+                            2 => self.add_values::<S, 2>(dtype, values, ahead, count, scores, tokens, acc),
+                            3 => self.add_values::<S, 3>(dtype, values, ahead, count, scores, tokens, acc),
+                            _ => self.add_values::<S, 4>(dtype, values, ahead, count, scores, tokens, acc),
+                        };
+                    }
+                }
+            }
+            let heads = kv.kv_heads * self.group;
+            for head in 0..kv.kv_heads {
+                for v in 0..vectors {
+                    let partial = self.first + v / self.group * heads + head * self.group + v % self.group;
+                    let from = head * vectors + v;
+                    std::ptr::copy_nonoverlapping(
+                        acc.add(from * padded),
+                        self.partials.o.add(partial * padded),
+                        padded,
+                    );
+                    std::ptr::copy_nonoverlapping(stats.add(2 * from), self.partials.stats.add(2 * partial), 2);
+                }
+            }
+        }
+    }
+
+    /// Tokens of a run that row `row` sees.
+    #[inline(always)]
+    fn visible(&self, run: &KvRun, row: usize) -> (usize, usize) {
+        let position = i64::from(self.position) + row as i64;
+        let start = i64::from(run.position);
+        let low = self.window.map_or(0, |w| (position - i64::from(w) + 1 - start).max(0));
+        let high = (position + 1 - start).clamp(0, i64::from(run.tokens));
+        (low as usize, high as usize)
+    }
+
+    /// Scores of all query vectors of a KV head with one block's keys.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn score<S: Simd>(
+        &self,
+        dtype: KvDtype,
+        keys: *const u8,
+        ahead: isize,
+        count: usize,
+        q: *const f32,
+        tile: *mut f32,
+        scores: *mut f32,
+        tokens: usize,
+    ) {
+        let (d, padded, row) = (self.kv.head_dim, self.kv.head_dim.next_multiple_of(PAD), self.kv.row_bytes());
+        let width = d.next_multiple_of(S::LANES);
+        // SAFETY: the block's keys; tile and scores as in `walk`. Rows of the
+        // tile beyond `count` hold older keys; their scores are masked.
+        unsafe {
+            for first in (0..count).step_by(S::LANES) {
+                for t in 0..S::LANES.min(count - first) {
+                    let key = keys.add((first + t) * row);
+                    widen::<S>(key, d, dtype, key.wrapping_offset(ahead), tile.add(t * padded));
+                }
+                for v in 0..self.rows * self.group {
+                    let q = q.add(v * padded);
+                    let mut sums = [S::splat(0.0); 16];
+                    for i in (0..width).step_by(S::LANES) {
+                        let x = S::load(q.add(i));
+                        for t in 0..S::LANES {
+                            sums[t] = S::fma(S::load(tile.add(t * padded + i)), x, sums[t]);
+                        }
+                    }
+                    S::store(scores.add(v * tokens + first), S::sums(&sums));
+                }
+            }
+        }
+    }
+
+    /// Scores to weights, relative to the running maxima; scales what was
+    /// summed before where a maximum grew.
+    #[inline(always)]
+    unsafe fn soften<S: Simd>(&self, run: &KvRun, scores: *mut f32, tokens: usize, stats: *mut f32, acc: *mut f32) {
+        let padded = self.kv.head_dim.next_multiple_of(PAD);
+        let width = (run.tokens as usize).next_multiple_of(S::LANES);
+        // SAFETY: as in `walk`.
+        unsafe {
+            for v in 0..self.rows * self.group {
+                let scores = scores.add(v * tokens);
+                let (low, high) = self.visible(run, v / self.group);
+                for t in 0..low.min(width) {
+                    *scores.add(t) = f32::NEG_INFINITY;
+                }
+                for t in high..width {
+                    *scores.add(t) = f32::NEG_INFINITY;
+                }
+                let mut largest = S::load(scores);
+                for t in (S::LANES..width).step_by(S::LANES) {
+                    largest = S::max(largest, S::load(scores.add(t)));
+                }
+                let (old, sum) = (*stats.add(2 * v), *stats.add(2 * v + 1));
+                let max = old.max(S::largest(largest));
+                // A row that has seen nothing yet: any finite base will do.
+                let base = S::splat(max.max(f32::MIN));
+                let mut total = S::splat(0.0);
+                for t in (0..width).step_by(S::LANES) {
+                    let weight = S::exp2(S::sub(S::load(scores.add(t)), base));
+                    total = S::add(total, weight);
+                    S::store(scores.add(t), weight);
+                }
+                let mut kept = sum;
+                if max > old {
+                    let factor = (old - max).exp2();
+                    kept *= factor;
+                    if sum > 0.0 {
+                        for i in (0..padded).step_by(S::LANES) {
+                            let at = acc.add(v * padded + i);
+                            S::store(at, S::mul(S::load(at), S::splat(factor)));
+                        }
+                    }
+                }
+                *stats.add(2 * v) = max;
+                *stats.add(2 * v + 1) = kept + S::sum(total);
+            }
+        }
+    }
+
+    /// Adds one block's values, weighted, for `N` query vectors; returns N.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn add_values<S: Simd, const N: usize>(
+        &self,
+        dtype: KvDtype,
+        values: *const u8,
+        ahead: isize,
+        count: usize,
+        weights: *const f32,
+        tokens: usize,
+        acc: *mut f32,
+    ) -> usize {
+        let (d, padded, row) = (self.kv.head_dim, self.kv.head_dim.next_multiple_of(PAD), self.kv.row_bytes());
+        // SAFETY: the block's values; weights and sums as in `walk`.
+        unsafe {
+            let mut i = 0;
+            while i + 4 * S::LANES <= d && S::LANES == 16 {
+                self.add_columns::<S, N, 4>(dtype, values, ahead, count, weights, tokens, acc, i);
+                i += 4 * S::LANES;
+            }
+            while i + 2 * S::LANES <= d {
+                self.add_columns::<S, N, 2>(dtype, values, ahead, count, weights, tokens, acc, i);
+                i += 2 * S::LANES;
+            }
+            while i + S::LANES <= d {
+                self.add_columns::<S, N, 1>(dtype, values, ahead, count, weights, tokens, acc, i);
+                i += S::LANES;
+            }
+            if i < d {
+                // The odd end of a head.
+                let mut end = [0.0f32; 16];
+                for t in 0..count {
+                    let from = values.add(t * row + i * dtype.size());
+                    widen::<S>(from, d - i, dtype, from.wrapping_offset(ahead), end.as_mut_ptr());
+                    for n in 0..N {
+                        for (j, x) in end.iter().enumerate().take(d - i) {
+                            *acc.add(n * padded + i + j) += *weights.add(n * tokens + t) * x;
+                        }
+                    }
+                }
+            }
+        }
+        N
+    }
+
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn add_columns<S: Simd, const N: usize, const C: usize>(
+        &self,
+        dtype: KvDtype,
+        values: *const u8,
+        ahead: isize,
+        count: usize,
+        weights: *const f32,
+        tokens: usize,
+        acc: *mut f32,
+        i: usize,
+    ) {
+        let (padded, row) = (self.kv.head_dim.next_multiple_of(PAD), self.kv.row_bytes());
+        // SAFETY: as in `add_values`.
+        unsafe {
+            let mut sums = [[S::splat(0.0); C]; N];
+            for n in 0..N {
+                for c in 0..C {
+                    sums[n][c] = S::load(acc.add(n * padded + i + c * S::LANES));
+                }
+            }
+            for t in 0..count {
+                let at = values.add(t * row);
+                let column = at.add(i * dtype.size());
+                for line in (0..C * S::LANES * dtype.size()).step_by(64) {
+                    S::prefetch(column.wrapping_offset(ahead).wrapping_add(line));
+                }
+                let mut x = [S::splat(0.0); C];
+                for c in 0..C {
+                    x[c] = load::<S>(at, i + c * S::LANES, dtype);
+                }
+                for n in 0..N {
+                    let weight = S::splat(*weights.add(n * tokens + t));
+                    for c in 0..C {
+                        sums[n][c] = S::fma(x[c], weight, sums[n][c]);
+                    }
+                }
+            }
+            for n in 0..N {
+                for c in 0..C {
+                    S::store(acc.add(n * padded + i + c * S::LANES), sums[n][c]);
+                }
+            }
+        }
+    }
+}
