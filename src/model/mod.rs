@@ -13,5 +13,6 @@ pub mod params;
 pub mod rope;
 pub mod safetensors;
 pub mod sampler;
+pub mod synth;
 pub mod tokenizer;
 pub mod weights;
