@@ -8,7 +8,7 @@
 //! is
 //! - `1 + 0.5·u` in the weights of a norm,
 //! - `0.2·u` in a bias,
-//! - `u` in the token embedding,
+//! - `0.5·u` in the token embedding,
 //! - `a·u`, `a = √(3·g / in)` in every other matrix, which has a standard
 //!   deviation of `√(g / in)`: `g` is 4 in Q and K, so that attention is
 //!   selective, and 1 elsewhere.
@@ -61,7 +61,7 @@ struct Generator {
 impl Generator {
     fn new(seed: u64, param: Param, cols: usize) -> Self {
         let (base, amplitude) = match param {
-            Param::Embedding => (0.0, 1.0),
+            Param::Embedding => (0.0, 0.5),
             Param::FinalNorm => (1.0, 0.5),
             Param::LmHead => (0.0, spread(1.0, cols)),
             Param::Layer(_, param) => match param {
