@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod generate;
+pub mod model;
 pub mod options;
 pub mod serve;
 pub mod status;
@@ -28,6 +29,8 @@ enum Command {
     Serve(Box<serve::Args>),
     /// Complete a prompt and stream the text, on one node or a cluster on this machine.
     Generate(Box<generate::Args>),
+    /// Look into a model's files, or make one with random weights.
+    Model(model::Args),
     /// Measure: latencies as histograms, and the share of what the machine can do.
     Bench(Box<bench::Args>),
     /// Show the cluster as any node sees it.
@@ -46,6 +49,7 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Serve(args) => serve::run(*args),
         Command::Bench(args) => bench::run(*args),
+        Command::Model(args) => model::run(args),
         Command::Generate(args) => generate::run(*args),
         Command::Status(args) => status::run(args),
     };

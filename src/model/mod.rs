@@ -13,6 +13,7 @@ pub mod params;
 pub mod rope;
 pub mod safetensors;
 pub mod sampler;
+pub mod synth;
 pub mod tokenizer;
 pub mod transformer;
 pub mod weights;

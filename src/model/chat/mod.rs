@@ -16,6 +16,9 @@ use crate::model::tokenizer::{Tokenizer, special_text};
 
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
+/// Instructions that a template may execute: a chat of a thousand messages takes
+/// some hundred thousand.
+const FUEL: u64 = 10_000_000;
 
 /// A model's chat template. Cheap to clone, usable from any thread.
 #[derive(Clone)]
@@ -94,6 +97,7 @@ impl ChatTemplate {
         special: Map<String, Value>,
     ) -> Result<Self> {
         let mut environment = Environment::new();
+        environment.set_fuel(Some(FUEL));
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);

@@ -4,6 +4,10 @@
 mod config;
 mod parse;
 mod source;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use config::id as token_id;
 pub use config::{GgufConfig, read_config};

@@ -36,18 +36,20 @@ impl DecodeStream {
 fn take_text(bytes: &mut Vec<u8>, end: bool) -> String {
     let mut text = String::with_capacity(bytes.len());
     let mut kept = 0;
-    for chunk in bytes.utf8_chunks() {
+    let mut chunks = bytes.utf8_chunks().peekable();
+    while let Some(chunk) = chunks.next() {
         text.push_str(chunk.valid());
         let invalid = chunk.invalid();
         let only_begun = || std::str::from_utf8(invalid).is_err_and(|e| e.error_len().is_none());
-        // Only the last chunk can be a beginning.
-        if !invalid.is_empty() && !end && only_begun() {
+        // Only what stands at the end can be a beginning.
+        if !invalid.is_empty() && !end && chunks.peek().is_none() && only_begun() {
             kept = invalid.len();
         } else if !invalid.is_empty() {
             text.push(char::REPLACEMENT_CHARACTER);
         }
     }
-    bytes.drain(..bytes.len() - kept);
+    let taken = bytes.len() - kept;
+    bytes.drain(..taken);
     text
 }
 

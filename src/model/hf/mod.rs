@@ -497,3 +497,6 @@ fn class_default(fields: &Fields<'_>, name: &str, family: Family, id: u32, vocab
     let has_default = matches!(family, Family::Llama | Family::Mistral);
     (has_default && !fields.has(name) && (id as usize) < vocab).then_some(id)
 }
+
+#[cfg(test)]
+mod tests;

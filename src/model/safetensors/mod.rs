@@ -212,3 +212,6 @@ fn refuse_unexpected(file: &str, name: &str, config: &ModelConfig) -> Result<()>
     tracing::debug!(file, tensor = name, "ignored: not a parameter of this model");
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;
