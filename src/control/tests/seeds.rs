@@ -138,7 +138,7 @@ fn invariants_hold_after_every_step_of_every_seed() {
     }
     // The seeds came by everything that they are there for.
     let counts = [seen.garbage, seen.granted, seen.refused, seen.lapsed, seen.lost, split];
-    assert!(counts.iter().all(|count| *count > seeds / 2), "{seen:?}, {split} borrowings from several creditors");
+    assert!(counts.iter().all(|count| *count > seeds / 5), "{seen:?}, {split} borrowings from several creditors");
 }
 
 #[test]
