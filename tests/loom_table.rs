@@ -77,6 +77,17 @@ mod sync {
     pub fn spin_loop() {
         loom::thread::yield_now();
     }
+
+    pub const SHARDS: usize = 2;
+
+    loom::thread_local! {
+        /// The stack that a model's thread begins at.
+        pub static HOME: Cell<usize> = Cell::new(0);
+    }
+
+    pub fn home() -> usize {
+        HOME.with(Cell::get)
+    }
 }
 
 use loom::cell::Cell;

@@ -17,6 +17,14 @@ mod sync {
     pub fn spin_loop() {
         shuttle::thread::yield_now();
     }
+
+    pub const SHARDS: usize = 3;
+
+    /// Another stack each time: a thread may free where it never allocates.
+    pub fn home() -> usize {
+        use shuttle::rand::{Rng, thread_rng};
+        thread_rng().gen_range(0..SHARDS)
+    }
 }
 
 use std::sync::atomic::{AtomicU32, Ordering};
