@@ -408,8 +408,10 @@ impl Controller {
         };
         let mut ledger = Ledger::default();
         ledger.instances.push(entry(&self.config.hello, Some(self.row()), 0));
-        let members = self.membership.members().values();
-        ledger.instances.extend(members.map(|m| entry(&m.hello, m.row.clone(), ms(m.heard))));
+        for member in self.membership.members().values() {
+            let heard = self.membership.links().get(&member.conn).map_or(now, |link| link.heard);
+            ledger.instances.push(entry(&member.hello, member.row.clone(), ms(heard)));
+        }
         ledger.loans.extend(self.rmanager.loans().map(|record| LoanEntry {
             creditor: id(me),
             debtor: id(record.debtor),
@@ -460,6 +462,10 @@ impl Controller {
             Greeting::Welcome { new, replaced } => (new, replaced),
             Greeting::Reject(rejection) => {
                 let reason = match rejection {
+                    // The end that dialed must learn whom it reached: it closes.
+                    Rejection::Myself if accepted => {
+                        return self.send(conn, &Message::Hello(self.config.hello.clone()));
+                    }
                     Rejection::Myself => "the address is this instance's own",
                     Rejection::OlderLife => "a later life of that instance is known",
                     Rejection::ForeignCluster => {
@@ -726,12 +732,9 @@ impl Controller {
         if self.left {
             return;
         }
-        for instance in self.membership.silent(now) {
-            self.down(now, instance, "silent", false);
-        }
         for conn in self.membership.stale_links(now) {
             self.outputs.push_back(Output::Disconnect { conn });
-            self.closed(now, conn, "connection replaced");
+            self.closed(now, conn, "silent");
         }
         let ended = self.rmanager.expire(now);
         if !ended.is_empty() {

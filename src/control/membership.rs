@@ -47,8 +47,6 @@ pub struct Member {
     pub row: Option<LedgerRow>,
     /// Number of that row.
     pub seq: u64,
-    /// When anything was last heard of it.
-    pub heard: Duration,
     /// The connection to use.
     pub conn: u64,
 }
@@ -60,6 +58,8 @@ pub struct Link {
     pub dialed: Option<String>,
     /// When it opened.
     pub opened: Duration,
+    /// When anything last came over it.
+    pub heard: Duration,
     /// Who is at its other end, once it said so.
     pub instance: Option<InstanceId>,
     /// Another one is preferred: close it then.
@@ -171,12 +171,12 @@ impl Membership {
             target.dialing = false;
         }
         let dialed = Some(address.to_owned());
-        self.links.insert(conn, Link { dialed, opened: now, instance: None, retire: None });
+        self.links.insert(conn, Link { dialed, opened: now, heard: now, instance: None, retire: None });
     }
 
     /// A peer's connection is open.
     pub fn accepted(&mut self, now: Duration, conn: u64) {
-        self.links.insert(conn, Link { dialed: None, opened: now, instance: None, retire: None });
+        self.links.insert(conn, Link { dialed: None, opened: now, heard: now, instance: None, retire: None });
     }
 
     /// `address` could not be reached, or what is there is of no use: tries
@@ -226,10 +226,11 @@ impl Membership {
         }
         if let Some(link) = self.links.get_mut(&conn) {
             link.instance = Some(instance);
+            link.heard = now;
         }
         let new = match self.members.get(&instance).map(|member| member.conn) {
             None => {
-                self.members.insert(instance, Member { hello, row: None, seq: 0, heard: now, conn });
+                self.members.insert(instance, Member { hello, row: None, seq: 0, conn });
                 true
             }
             Some(before) => {
@@ -240,11 +241,11 @@ impl Membership {
         Greeting::Welcome { new, replaced }
     }
 
-    /// Something was heard on a connection; says of whom.
-    pub fn heard(&mut self, now: Duration, conn: u64) -> Option<InstanceId> {
-        let instance = self.links.get(&conn)?.instance?;
-        self.members.get_mut(&instance)?.heard = now;
-        Some(instance)
+    /// Something came over a connection.
+    pub fn heard(&mut self, now: Duration, conn: u64) {
+        if let Some(link) = self.links.get_mut(&conn) {
+            link.heard = now;
+        }
     }
 
     /// A connection is gone, or is being closed: forgets it. Says whether its
@@ -286,47 +287,44 @@ impl Membership {
         conns
     }
 
-    /// Members that have been silent for too long.
-    pub fn silent(&self, now: Duration) -> Vec<InstanceId> {
-        let lost = |m: &&Member| m.heard + self.timing.lost_after <= now;
-        self.members.values().filter(lost).map(|m| m.hello.instance).collect()
-    }
-
-    /// Connections to close: without a Hello for too long, or superseded.
+    /// Connections to close: silent or without a Hello for too long, or
+    /// superseded. Each is judged by itself, so that a member who is heard on
+    /// one connection is not believed to be reached by another that is dead.
     pub fn stale_links(&self, now: Duration) -> Vec<u64> {
-        self.links.iter().filter(|(_, l)| self.link_end(l).is_some_and(|end| end <= now)).map(|(c, _)| *c).collect()
+        self.links.iter().filter(|(_, l)| self.link_end(l) <= now).map(|(c, _)| *c).collect()
     }
 
     /// When there is next something to do.
     pub fn deadline(&self) -> Option<Duration> {
-        let silent = self.members.values().map(|m| m.heard + self.timing.lost_after);
-        let stale = self.links.values().filter_map(|l| self.link_end(l));
+        let stale = self.links.values().map(|l| self.link_end(l));
         let dial = self.idle_targets().map(|(_, t)| t.next);
-        silent.chain(stale).chain(dial).min()
+        stale.chain(dial).min()
     }
 
-    fn link_end(&self, link: &Link) -> Option<Duration> {
+    fn link_end(&self, link: &Link) -> Duration {
         match link.instance {
-            None => Some(link.opened + self.timing.hello_timeout),
-            Some(_) => link.retire,
+            None => link.opened + self.timing.hello_timeout,
+            Some(_) => link.retire.unwrap_or(Duration::MAX).min(link.heard + self.timing.lost_after),
         }
     }
 
     /// Of two connections to one member keeps the one that the member of lower
-    /// id dialed, so that both ends choose the same; of two from one end the
-    /// newer.
+    /// id dialed, so that both ends choose the same. Of two dialed by one end it
+    /// is that end who chooses (the newer) and closes the other.
     fn prefer(&mut self, now: Duration, instance: InstanceId, before: u64, conn: u64) {
         if before == conn {
             return;
         }
         let lower_dials = self.me < instance;
         let by_me = |conn: &u64| self.links.get(conn).is_some_and(|link| link.dialed.is_some());
-        let keep = if by_me(&before) == by_me(&conn) || by_me(&conn) == lower_dials { conn } else { before };
+        let same_end = by_me(&before) == by_me(&conn);
+        let keep = if same_end || by_me(&conn) == lower_dials { conn } else { before };
         let drop = if keep == conn { before } else { conn };
+        let mine_to_close = !same_end || by_me(&conn);
         if let Some(member) = self.members.get_mut(&instance) {
             member.conn = keep;
         }
-        if let Some(link) = self.links.get_mut(&drop) {
+        if let Some(link) = self.links.get_mut(&drop).filter(|_| mine_to_close) {
             link.retire = Some(now + RETIRE_AFTER);
         }
     }

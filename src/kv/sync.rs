@@ -4,3 +4,22 @@
 
 pub use std::hint::spin_loop;
 pub use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+/// Parts of the free list.
+pub const SHARDS: usize = 8;
+
+/// The calling thread's part of the free list, below [`SHARDS`].
+pub fn home() -> usize {
+    use std::cell::Cell;
+
+    static THREADS: AtomicU32 = AtomicU32::new(0);
+    thread_local! {
+        static HOME: Cell<usize> = const { Cell::new(usize::MAX) };
+    }
+    let mut home = HOME.get();
+    if home == usize::MAX {
+        home = THREADS.fetch_add(1, Ordering::Relaxed) as usize % SHARDS;
+        HOME.set(home);
+    }
+    home
+}

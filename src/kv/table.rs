@@ -7,25 +7,30 @@
 //! Free ─ reserve → Reserved → Filling → Live → Free      a debtor's loan
 //! ```
 //!
-//! Free blocks are a stack threaded through `next`, its head tagged so that a
-//! head seen before a pause is never mistaken for the same head after. No
-//! lock, no hash, no allocation; a block's bytes are touched only by whoever
-//! the entry names, so nothing needs to be reclaimed later.
+//! Free blocks are stacks threaded through `next`, each head tagged so that a
+//! head seen before a pause is never mistaken for the same head after. There
+//! are several, and a thread begins at its own: with one for all, its cache
+//! line was most of an allocation's cost (see `benches/RESULTS.md`). No lock,
+//! no hash, no allocation; a block's bytes are touched only by whoever the
+//! entry names, so nothing needs to be reclaimed later.
 //!
 //! Two orders carry the proof. *Freeing*: entry to Free (one caller wins) →
 //! push → count up. *Allocating*: count down → pop → entry to its new state.
-//! So the count never promises a block that is not on the stack, and taking
-//! `n` is all or nothing: whoever got the count gets the blocks.
+//! So a stack's count never promises a block that is not on it, and taking
+//! `n` is all or nothing: whoever got the counts gets the blocks.
 
 pub use super::entry::{BlockRef, Owner, State, TableError};
 use super::entry::{Entry, GENERATION_MASK, MAX_REFS};
 use super::rblock::{BlockIndex, LoanId};
-use super::sync::{AtomicU32, AtomicU64, Ordering, spin_loop};
+use super::sync::{AtomicU32, AtomicU64, Ordering, SHARDS, home, spin_loop};
 
 /// End of the free list.
 const NIL: u32 = u32::MAX;
 /// Blocks taken from the free list at once: bounds what a lost race repeats.
 const POP_AT_ONCE: u32 = 64;
+/// How often an allocation of several blocks tries to put them together while
+/// others, which may also be short, hold what it lacks.
+const CLAIM_TRIES: u32 = 16;
 
 /// A cache line of its own (two: the prefetcher pulls them in pairs).
 #[repr(align(128))]
@@ -51,23 +56,37 @@ pub struct RBlockTable {
     entries: Box<[AtomicU64]>,
     /// Of a free block: the next on the stack.
     next: Box<[AtomicU32]>,
-    /// Tag (high half, counts every change) and index of the top free block.
-    head: Line<AtomicU64>,
-    /// Blocks on the stack that nobody has claimed.
-    free: Line<AtomicU32>,
+    shards: Box<[Line<Shard>]>,
     reserved: Line<AtomicU32>,
     lent: AtomicU32,
+}
+
+/// One stack of free blocks.
+struct Shard {
+    /// Tag (high half, counts every change) and index of the top block.
+    head: AtomicU64,
+    /// Blocks on the stack that nobody has claimed.
+    free: AtomicU32,
 }
 
 impl RBlockTable {
     /// A table of `blocks` free blocks. Allocated in ascending order at first.
     pub fn new(blocks: u32) -> Self {
         assert!(blocks < NIL, "a pool has at most {} blocks", NIL - 1);
+        // Each stack begins with a run of its own, so that threads do not meet
+        // in the cache lines of the entries either.
+        let run = blocks.div_ceil(SHARDS as u32).max(1);
+        let last = |block: u32| block + 1 == blocks || (block + 1).is_multiple_of(run);
+        let shard = |shard: u32| {
+            let first = (shard * run).min(blocks);
+            let free = (blocks - first).min(run);
+            let head = if free > 0 { first } else { NIL };
+            Line(Shard { head: AtomicU64::new(head.into()), free: AtomicU32::new(free) })
+        };
         Self {
             entries: (0..blocks).map(|_| AtomicU64::new(Entry::free(0).pack())).collect(),
-            next: (0..blocks).map(|i| AtomicU32::new(if i + 1 < blocks { i + 1 } else { NIL })).collect(),
-            head: Line(AtomicU64::new(if blocks > 0 { 0 } else { NIL as u64 })),
-            free: Line(AtomicU32::new(blocks)),
+            next: (0..blocks).map(|i| AtomicU32::new(if last(i) { NIL } else { i + 1 })).collect(),
+            shards: (0..SHARDS as u32).map(shard).collect(),
             reserved: Line(AtomicU32::new(0)),
             lent: AtomicU32::new(0),
         }
@@ -86,7 +105,7 @@ impl RBlockTable {
     /// Blocks by what they do.
     pub fn counts(&self) -> Counts {
         let total = self.len();
-        let free = self.free.0.load(Ordering::Relaxed);
+        let free = self.free();
         let reserved = self.reserved.0.load(Ordering::Relaxed);
         let lent = self.lent.load(Ordering::Relaxed);
         let held = total.saturating_sub(free.wrapping_add(reserved).wrapping_add(lent));
@@ -103,21 +122,19 @@ impl RBlockTable {
     /// Takes one block. A loan's block starts Reserved, any other Held with one
     /// ref. `None`: nothing is free.
     pub fn alloc(&self, owner: Owner) -> Option<BlockRef> {
-        self.claim(1)?;
+        let first = home();
+        let shards = self.shards.iter().cycle().skip(first).take(SHARDS);
+        let shard = shards.map(|line| &line.0).find(|shard| shard.claim(1) == 1)?;
         let mut taken = None;
-        self.take(1, owner, |block| taken = Some(block));
+        self.take(shard, 1, owner, &mut |block| taken = Some(block));
         taken
     }
 
     /// Takes `n` blocks or none; appends them to `out`. False: not that many
-    /// are free, and `out` is as it was.
+    /// are free (or were while others took and gave), and `out` is as it was.
     #[must_use]
     pub fn alloc_many(&self, n: u32, owner: Owner, out: &mut Vec<BlockRef>) -> bool {
-        if self.claim(n).is_none() {
-            return false;
-        }
-        self.take(n, owner, |block| out.push(block));
-        true
+        self.take_many(n, owner, |block| out.push(block))
     }
 
     /// Adds a holder, who must release in turn.
@@ -184,11 +201,15 @@ impl RBlockTable {
     // ---- loans --------------------------------------------------------------
 
     /// Reserves `n` blocks for `loan` or none; ascending. `None`: not that many
-    /// are free. The list is the only record of the loan's blocks: keep it.
+    /// are free (or were while others took and gave). The list is the only record of the loan's blocks: keep it.
     pub fn reserve(&self, n: u32, loan: LoanId) -> Option<Vec<BlockIndex>> {
-        self.claim(n)?;
+        if n > self.len() {
+            return None;
+        }
         let mut blocks = Vec::with_capacity(n as usize);
-        self.take(n, Owner::Loan(loan), |block| blocks.push(block.index));
+        if !self.take_many(n, Owner::Loan(loan), |block| blocks.push(block.index)) {
+            return None;
+        }
         blocks.sort_unstable();
         Some(blocks)
     }
@@ -299,29 +320,49 @@ impl RBlockTable {
 
     // ---- the free list ----------------------------------------------------------
 
-    /// Counts `n` blocks down, if there are that many: they are the caller's
-    /// to pop.
-    fn claim(&self, n: u32) -> Option<()> {
-        let mut free = self.free.0.load(Ordering::Relaxed);
-        loop {
-            let left = free.checked_sub(n)?;
-            // Acquire: what was pushed before it was counted is seen by the pop.
-            match self.free.0.compare_exchange_weak(free, left, Ordering::Acquire, Ordering::Relaxed) {
-                Ok(_) => return Some(()),
-                Err(other) => free = other,
-            }
-        }
+    fn free(&self) -> u32 {
+        self.shards.iter().map(|shard| shard.0.free.load(Ordering::Relaxed)).fold(0, u32::wrapping_add)
     }
 
-    /// Pops `n` claimed blocks and gives them to `owner`.
-    fn take(&self, n: u32, owner: Owner, mut sink: impl FnMut(BlockRef)) {
+    /// Claims `n` blocks, from the thread's own stack first, and takes them; or
+    /// takes none.
+    fn take_many(&self, n: u32, owner: Owner, mut sink: impl FnMut(BlockRef)) -> bool {
+        let first = home();
+        for _ in 0..CLAIM_TRIES {
+            let mut claims = [0; SHARDS];
+            let mut left = n;
+            for i in (0..SHARDS).map(|i| (first + i) % SHARDS) {
+                claims[i] = self.shards[i].0.claim(left);
+                left -= claims[i];
+            }
+            if left == 0 {
+                for (shard, claimed) in self.shards.iter().zip(claims) {
+                    self.take(&shard.0, claimed, owner, &mut sink);
+                }
+                return true;
+            }
+            for (shard, claimed) in self.shards.iter().zip(claims).filter(|(_, claimed)| *claimed > 0) {
+                shard.0.free.fetch_add(claimed, Ordering::Release);
+            }
+            // Enough in all, but in the hands of others who were short as well:
+            // one of us has to be first.
+            if self.free() < n {
+                return false;
+            }
+            spin_loop();
+        }
+        false
+    }
+
+    /// Pops `n` blocks claimed of `shard` and gives them to `owner`.
+    fn take(&self, shard: &Shard, n: u32, owner: Owner, sink: &mut impl FnMut(BlockRef)) {
         let state = if matches!(owner, Owner::Loan(_)) { State::Reserved } else { State::Held };
         if state == State::Reserved {
             self.reserved.0.fetch_add(n, Ordering::Relaxed);
         }
         let mut left = n;
         while left > 0 {
-            let (mut block, taken) = self.pop(left.min(POP_AT_ONCE));
+            let (mut block, taken) = self.pop(shard, left.min(POP_AT_ONCE));
             left -= taken;
             for _ in 0..taken {
                 let word = &self.entries[block as usize];
@@ -337,15 +378,15 @@ impl RBlockTable {
         }
     }
 
-    /// Takes 1 to `most` blocks off the stack, still linked by `next`.
-    fn pop(&self, most: u32) -> (BlockIndex, u32) {
-        let mut head = self.head.0.load(Ordering::Acquire);
+    /// Takes 1 to `most` blocks off a stack, still linked by `next`.
+    fn pop(&self, shard: &Shard, most: u32) -> (BlockIndex, u32) {
+        let mut head = shard.head.load(Ordering::Acquire);
         loop {
             let first = head as u32;
             if first == NIL {
                 // Cannot last: the claim says that blocks are there.
                 spin_loop();
-                head = self.head.0.load(Ordering::Acquire);
+                head = shard.head.load(Ordering::Acquire);
                 continue;
             }
             // Others may change these links while we walk; then the tag has
@@ -356,25 +397,26 @@ impl RBlockTable {
                 rest = self.next[rest as usize].load(Ordering::Relaxed);
                 taken += 1;
             }
-            match self.head.0.compare_exchange_weak(head, retag(head, rest), Ordering::AcqRel, Ordering::Acquire) {
+            match shard.head.compare_exchange_weak(head, retag(head, rest), Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => return (first, taken),
                 Err(other) => head = other,
             }
         }
     }
 
-    /// Puts a block that just became Free on the stack and counts it.
+    /// Puts a block that just became Free on the thread's stack and counts it.
     fn freed_if(&self, freed: bool, block: BlockIndex) -> bool {
         if freed {
-            let mut head = self.head.0.load(Ordering::Relaxed);
+            let shard = &self.shards[home()].0;
+            let mut head = shard.head.load(Ordering::Relaxed);
             loop {
                 self.next[block as usize].store(head as u32, Ordering::Relaxed);
-                match self.head.0.compare_exchange_weak(head, retag(head, block), Ordering::AcqRel, Ordering::Relaxed) {
+                match shard.head.compare_exchange_weak(head, retag(head, block), Ordering::AcqRel, Ordering::Relaxed) {
                     Ok(_) => break,
                     Err(other) => head = other,
                 }
             }
-            self.free.0.fetch_add(1, Ordering::Release);
+            shard.free.fetch_add(1, Ordering::Release);
         }
         freed
     }
@@ -384,15 +426,22 @@ impl RBlockTable {
     /// that contradicts the counts.
     pub fn check_invariants(&self) -> Result<Counts, String> {
         let mut on_list = vec![false; self.entries.len()];
-        let mut block = self.head.0.load(Ordering::Acquire) as u32;
         let mut listed = 0;
-        while block != NIL {
-            let seen = on_list.get_mut(block as usize).ok_or(format!("free list leads to block {block}"))?;
-            if std::mem::replace(seen, true) {
-                return Err(format!("block {block} is on the free list twice"));
+        for (i, shard) in self.shards.iter().enumerate() {
+            let before = listed;
+            let mut block = shard.0.head.load(Ordering::Acquire) as u32;
+            while block != NIL {
+                let seen = on_list.get_mut(block as usize).ok_or(format!("free list leads to block {block}"))?;
+                if std::mem::replace(seen, true) {
+                    return Err(format!("block {block} is on the free list twice"));
+                }
+                listed += 1;
+                block = self.next[block as usize].load(Ordering::Acquire);
             }
-            listed += 1;
-            block = self.next[block as usize].load(Ordering::Acquire);
+            let count = shard.0.free.load(Ordering::Acquire);
+            if listed - before != count {
+                return Err(format!("stack {i} has {} blocks and counts {count}", listed - before));
+            }
         }
         let mut found = Counts { total: self.len(), ..Counts::default() };
         for (index, listed) in on_list.iter().enumerate() {
@@ -414,6 +463,25 @@ impl RBlockTable {
             return Err(format!("the table holds {found:?}, counts {:?}, lists {listed} free", self.counts()));
         }
         Ok(found)
+    }
+}
+
+impl Shard {
+    /// Counts up to `n` blocks down: they are the caller's to pop, or to count
+    /// up again.
+    fn claim(&self, n: u32) -> u32 {
+        let mut free = self.free.load(Ordering::Relaxed);
+        loop {
+            let claimed = free.min(n);
+            if claimed == 0 {
+                return 0;
+            }
+            // Acquire: what was pushed before it was counted is seen by the pop.
+            match self.free.compare_exchange_weak(free, free - claimed, Ordering::Acquire, Ordering::Relaxed) {
+                Ok(_) => return claimed,
+                Err(other) => free = other,
+            }
+        }
     }
 }
 

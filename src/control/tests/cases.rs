@@ -1,1 +1,446 @@
+//! One case at a time: what may happen between two or three nodes.
 
+use proptest::prelude::*;
+
+use super::network::{LEASE, Plan, World, ms};
+use super::shape;
+use crate::control::controller::{BorrowError, Config, ConfigError, Controller, Input, Note};
+use crate::control::message::{BlockRange, Hello, LedgerRow, MAX_ADDRESS, Message, Refusal, Renewal, Role, Service};
+use crate::control::rmanager::{PoolSource, RManager};
+use crate::kv::rblock::{InstanceId, LoanId};
+use crate::kv::table::Owner;
+
+/// Nodes that know each other, `blocks[i]` at node i.
+fn cluster(seed: u64, blocks: &[u32]) -> World {
+    let mut world = World::new(seed);
+    for (i, blocks) in blocks.iter().enumerate() {
+        world.start(Plan::new(&format!("node-{i}"), &["node-0"], *blocks));
+    }
+    world.run_for(ms(1500));
+    world.check_quiet();
+    world
+}
+
+fn dropped(world: &World, node: usize, why: &str) -> bool {
+    let dropped = |note: &Note| matches!(note, Note::Dropped { reason, .. } if reason.contains(why));
+    world.nodes[node].notes.iter().any(dropped)
+}
+
+fn hello(world: &World, of: usize, instance: InstanceId, started: u64) -> Hello {
+    Hello {
+        cluster: [1; 16],
+        instance,
+        started,
+        role: Role::Engine,
+        model: None,
+        shape: Some(shape(2)),
+        control: vec![world.nodes[of].plan.address.clone()],
+        creditor: vec!["somewhere".into()],
+        host: 1,
+        rank: 0,
+        http: String::new(),
+    }
+}
+
+fn bytes(message: &Message) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    message.encode(&mut bytes);
+    bytes
+}
+
+#[test]
+fn joining_any_member_introduces_the_rest() {
+    let mut world = World::new(1);
+    for i in 0..6 {
+        // A chain: everybody knows only the one before.
+        let before = format!("node-{}", i32::max(i - 1, 0));
+        world.start(Plan::new(&format!("node-{i}"), &[&before], 8));
+    }
+    world.run_for(ms(3000));
+    world.check_quiet();
+    let ledger = world.nodes[3].control.ledger(world.now);
+    assert_eq!((ledger.instances.len(), ledger.links.len()), (6, 5), "one connection a pair stays");
+    assert!(ledger.instances[0].me && ledger.instances.iter().all(|i| i.row.is_some()));
+    let json = serde_json::to_value(&ledger).unwrap();
+    assert_eq!(json["instances"][0]["row"]["service"], "serving");
+    assert_eq!(serde_json::from_value::<crate::control::ledger::Ledger>(json).unwrap(), ledger);
+}
+
+#[test]
+fn two_nodes_that_dial_each_other_at_once_keep_the_same_connection() {
+    for seed in 0..50 {
+        let mut world = World::new(seed);
+        world.start(Plan::new("a", &["b"], 8));
+        world.start(Plan::new("b", &["a"], 8));
+        world.run_for(ms(3000));
+        world.check_quiet();
+        for node in &world.nodes {
+            assert_eq!(node.control.ledger(world.now).links.len(), 1, "seed {seed}");
+            let downs = node.notes.iter().filter(|n| matches!(n, Note::Down(..))).count();
+            assert_eq!(downs, 0, "seed {seed}: nobody was taken for gone");
+        }
+    }
+}
+
+#[test]
+fn a_node_that_dials_itself_finds_out() {
+    let mut world = World::new(1);
+    // Under its own name it does not even try.
+    world.start(Plan::new("node-0", &["node-0", "alias-of-node-0"], 8));
+    world.run_for(ms(10_000));
+    assert_eq!(world.nodes[0].control.members(), 0);
+    assert!(dropped(&world, 0, "own"));
+    assert_eq!(world.log.matches("Connect {").count(), 1, "once");
+}
+
+#[test]
+fn a_foreign_cluster_stays_outside() {
+    let mut world = World::new(1);
+    world.start(Plan::new("node-0", &[], 8));
+    world.start(Plan { cluster: 2, ..Plan::new("node-1", &["node-0"], 8) });
+    world.run_for(ms(5000));
+    assert_eq!((world.nodes[0].control.members(), world.nodes[1].control.members()), (0, 0));
+    assert!(world.nodes[0].control.stats().foreign > 0);
+    // The foreigner is told nothing, and does not hammer.
+    assert_eq!(world.nodes[1].control.stats().garbage, 0);
+    assert!(world.log.matches("Connect {").count() < 20);
+}
+
+#[test]
+fn garbage_costs_the_connection_and_nothing_else() {
+    let mut world = cluster(1, &[32, 32]);
+    let before_hello = bytes(&Message::Goodbye { instance: InstanceId(1) });
+    let truncated = bytes(&Message::Hello(hello(&world, 1, InstanceId(9), 9)))[..40].to_vec();
+    let future = vec![99, 1, 2, 3];
+    for message in [b"GET / HTTP/1.1\r\n\r\n".to_vec(), Vec::new(), before_hello, truncated, future] {
+        let conn = world.stranger(0);
+        let garbage = world.nodes[0].control.stats().garbage;
+        world.input(0, Input::PeerMessage { conn, bytes: &message });
+        assert!(!world.is_open(conn));
+        assert_eq!(world.nodes[0].control.stats().garbage, garbage + 1);
+    }
+    assert!(dropped(&world, 0, "version 99"), "says what to do");
+    // Who says nothing at all is shown the door too.
+    let silent = world.stranger(0);
+    world.run_for(ms(2500));
+    assert!(!world.is_open(silent));
+    world.check_quiet();
+}
+
+#[test]
+fn a_restarted_node_replaces_its_earlier_life() {
+    let mut world = cluster(1, &[32, 32]);
+    let (first, known) = (world.nodes[1].instance, world.nodes[1].plan.clone());
+    world.input(1, Input::Borrow { request: 1, blocks: 4 });
+    world.run_for(ms(500));
+    assert_eq!(world.nodes[0].control.rmanager().lent(), 4);
+    // The old process is dead, but its connection is not known to be.
+    world.nodes[1].alive = false;
+    let second = world.start(known);
+    world.run_for(ms(500));
+    assert!(world.nodes[0].notes.contains(&Note::Down(first, "restarted")));
+    assert!(world.up(0, second) && !world.up(0, 1));
+    assert_eq!(world.nodes[0].control.rmanager().lent(), 0, "its loans went with it");
+    // A delayed Hello of the earlier life is not believed.
+    let conn = world.stranger(0);
+    let late = bytes(&Message::Hello(hello(&world, 1, first, 1)));
+    world.input(0, Input::PeerMessage { conn, bytes: &late });
+    assert!(!world.is_open(conn) && dropped(&world, 0, "later life"));
+    world.check_quiet();
+}
+
+#[test]
+fn the_freest_creditor_is_asked_first_and_several_share_what_one_cannot() {
+    let mut world = cluster(1, &[8, 20, 40, 60]);
+    world.input(0, Input::Borrow { request: 1, blocks: 30 });
+    world.run_for(ms(300));
+    let creditors = |world: &World, request| {
+        let loans = &world.nodes[0].loans[&request];
+        loans
+            .iter()
+            .map(|l| (world.nodes.iter().position(|n| n.instance == l.creditor).unwrap(), l.blocks.len()))
+            .collect::<std::collections::BTreeMap<_, _>>()
+    };
+    assert_eq!(creditors(&world, 1), [(3, 30)].into(), "half of 60 may be lent");
+    world.input(0, Input::Borrow { request: 2, blocks: 25 });
+    world.run_for(ms(300));
+    assert_eq!(creditors(&world, 2), [(1, 5), (2, 20)].into());
+    // All or nothing: 5 are left in all.
+    world.input(0, Input::Borrow { request: 3, blocks: 6 });
+    world.run_for(ms(300));
+    assert_eq!(world.nodes[0].refused, [3]);
+    let ledger = world.nodes[0].control.ledger(world.now);
+    assert_eq!(ledger.loans.iter().map(|l| l.blocks).sum::<u32>(), 55);
+    assert!(world.log.contains("Short { wanted: 6, lendable: 5 }"));
+    for request in [2, 1] {
+        // (The harness checks after each step what the engine holds.)
+        world.nodes[0].loans.remove(&request);
+        world.input(0, Input::RepayRequest { request });
+    }
+    world.run_for(ms(300));
+    world.check_quiet();
+}
+
+#[test]
+fn a_stale_view_costs_a_refusal_and_the_next_is_asked() {
+    let mut world = cluster(1, &[8, 40, 30]);
+    // Node 1 fills up before its next heartbeat.
+    let pool = world.nodes[1].pool.clone().unwrap();
+    let mut local = Vec::new();
+    assert!(pool.table().alloc_many(38, Owner::Sequence(1), &mut local));
+    world.nodes[1].local = local;
+    world.input(0, Input::Borrow { request: 1, blocks: 10 });
+    world.run_for(ms(400));
+    let refusal = Note::CreditorRefused(world.nodes[1].instance, Refusal::NoRoom);
+    assert!(world.nodes[0].notes.contains(&refusal));
+    assert_eq!(world.nodes[0].loans[&1][0].creditor, world.nodes[2].instance);
+    world.check_quiet();
+}
+
+#[test]
+fn a_lost_creditor_is_told_with_its_loans_and_its_debtor_goes_on() {
+    let mut world = cluster(1, &[8, 40, 40]);
+    world.input(0, Input::Borrow { request: 1, blocks: 30 });
+    world.input(0, Input::Borrow { request: 2, blocks: 30 });
+    world.run_for(ms(500));
+    assert_eq!(world.nodes[0].refused, [2], "one request took from both, nothing is left");
+    world.kill(1);
+    world.run_for(ms(500));
+    let gone = world.nodes[1].instance;
+    assert!(world.nodes[0].lost.iter().all(|l| l.creditor == gone) && world.nodes[0].lost.len() == 1);
+    assert!(!world.nodes[0].creditors.contains_key(&gone));
+    assert!(world.nodes[0].loans[&1].iter().all(|l| l.creditor == world.nodes[2].instance));
+    world.check_quiet();
+}
+
+#[test]
+fn a_lost_debtor_gives_everything_back_even_if_nobody_says_so() {
+    let mut world = cluster(1, &[8, 40]);
+    world.input(0, Input::Borrow { request: 1, blocks: 20 });
+    world.run_for(ms(500));
+    assert_eq!(world.nodes[1].control.rmanager().lent(), 20);
+    // The process hangs: its connections stay open, nothing comes.
+    world.nodes[0].alive = false;
+    world.run_for(LEASE + ms(500));
+    assert_eq!(world.nodes[1].control.rmanager().lent(), 0);
+    assert_eq!(world.nodes[1].control.stats().lapsed, 1);
+}
+
+/// One controller and a peer that is the test.
+struct Played {
+    world: World,
+    conn: u64,
+}
+
+impl Played {
+    fn new() -> Self {
+        let mut world = World::new(1);
+        world.start(Plan::new("node-0", &[], 16));
+        let conn = world.stranger(0);
+        let peer = Hello { control: vec!["elsewhere".into()], ..hello(&world, 0, InstanceId(u64::MAX), 5) };
+        let mut played = Self { world, conn };
+        played.say(Message::Hello(peer));
+        played.heartbeat(Vec::new());
+        played
+    }
+
+    fn say(&mut self, message: Message) {
+        let (conn, bytes) = (self.conn, bytes(&message));
+        self.world.input(0, Input::PeerMessage { conn, bytes: &bytes });
+    }
+
+    fn heartbeat(&mut self, loans: Vec<Renewal>) {
+        let row = LedgerRow {
+            total: 100,
+            free: 100,
+            lent: 0,
+            lend_cap: 100,
+            borrowed: 0,
+            shape: Some(shape(2)),
+            shapeable_bytes: 0,
+            tiers: Vec::new(),
+            running: 0,
+            waiting: 0,
+            service: Service::Serving,
+        };
+        self.say(Message::Heartbeat { seq: 1, row, loans });
+    }
+
+    fn grant(&mut self, ticket: u64, loan: u32, count: u32) {
+        let blocks = vec![BlockRange { start: 0, count }];
+        self.say(Message::Granted { ticket, loan: LoanId(loan), epoch: 1, lease_ms: 1000, blocks });
+    }
+
+    fn was_told(&self, message: &Message) -> bool {
+        self.world.log.contains(&format!("Send {{ conn: {}, bytes: {:?} }}", self.conn, bytes(message)))
+    }
+
+    fn node(&mut self) -> &mut super::network::Node {
+        &mut self.world.nodes[0]
+    }
+}
+
+#[test]
+fn a_creditor_that_does_not_answer_has_refused_and_its_late_grant_is_repaid() {
+    let mut played = Played::new();
+    played.world.input(0, Input::Borrow { request: 1, blocks: 10 });
+    let ask = Message::TryMoveKvCache { ticket: 1, request: 1, blocks: 10, shape: shape(2) };
+    assert!(played.was_told(&ask) && played.node().borrowing.contains_key(&1));
+    played.world.run_for(ms(1100));
+    assert_eq!(played.node().refused, [1], "its time is over");
+    played.grant(1, 5, 10);
+    assert!(played.was_told(&Message::Repay { loan: LoanId(5), epoch: 1 }));
+    // A grant of another number of blocks is none, and goes back too.
+    played.world.input(0, Input::Borrow { request: 2, blocks: 10 });
+    played.grant(2, 6, 9);
+    assert_eq!(played.node().refused, [1, 2]);
+    assert!(played.was_told(&Message::Repay { loan: LoanId(6), epoch: 1 }));
+    // One that nobody asked for likewise.
+    played.grant(77, 7, 1);
+    assert!(played.was_told(&Message::Repay { loan: LoanId(7), epoch: 1 }));
+    assert_eq!(played.node().control.debts().borrowed(), 0);
+}
+
+#[test]
+fn a_borrowing_is_cancelled_and_not_begun_twice() {
+    let mut played = Played::new();
+    played.world.input(0, Input::Borrow { request: 3, blocks: 10 });
+    played.world.input(0, Input::Borrow { request: 3, blocks: 10 });
+    assert_eq!(played.node().refused, [3], "busy");
+    played.node().borrowing.insert(3, 10);
+    played.world.input(0, Input::RepayRequest { request: 3 });
+    assert_eq!(played.node().refused, [3, 3], "cancelled");
+    played.grant(1, 5, 10);
+    assert!(played.was_told(&Message::Repay { loan: LoanId(5), epoch: 1 }));
+    assert!(played.node().control.debts().is_empty());
+}
+
+#[test]
+fn both_sides_are_told_of_a_loan_that_is_no_more() {
+    let mut played = Played::new();
+    // As debtor: the creditor's word counts, for the right epoch.
+    played.world.input(0, Input::Borrow { request: 1, blocks: 10 });
+    played.grant(1, 5, 10);
+    let loan = played.node().loans[&1][0].clone();
+    played.say(Message::Lapsed { loan: LoanId(5), epoch: 2 });
+    assert!(played.node().lost.is_empty());
+    played.say(Message::Lapsed { loan: LoanId(5), epoch: 1 });
+    assert_eq!(played.node().lost, [loan]);
+    // As creditor: a loan that is unknown is denied.
+    let unknown = Renewal { loan: LoanId(9), epoch: 4, blocks: 3 };
+    played.heartbeat(vec![unknown]);
+    assert!(played.was_told(&Message::Lapsed { loan: LoanId(9), epoch: 4 }));
+    played.say(Message::Repay { loan: LoanId(8), epoch: 1 });
+    assert!(played.was_told(&Message::Lapsed { loan: LoanId(8), epoch: 1 }));
+    // And one that is not renewed ends, though its debtor is heard.
+    played.say(Message::TryMoveKvCache { ticket: 1, request: 1, blocks: 8, shape: shape(2) });
+    assert_eq!(played.node().control.rmanager().lent(), 8);
+    for _ in 0..7 {
+        played.world.run_for(ms(500));
+        played.heartbeat(Vec::new());
+    }
+    assert_eq!((played.node().control.rmanager().lent(), played.node().control.members()), (0, 1));
+    assert!(played.was_told(&Message::Lapsed { loan: LoanId(1), epoch: 1 }));
+}
+
+#[test]
+fn who_speaks_out_of_turn_is_dropped() {
+    let mut played = Played::new();
+    played.say(Message::Goodbye { instance: InstanceId(3) });
+    assert!(!played.world.is_open(played.conn) && played.node().control.members() == 0);
+    let mut played = Played::new();
+    let again = hello(&played.world, 0, InstanceId(u64::MAX), 5);
+    played.say(Message::Hello(again));
+    assert!(!played.world.is_open(played.conn) && played.node().control.members() == 0);
+}
+
+#[test]
+fn a_pure_lender_lends_to_whoever_comes_first_and_never_borrows() {
+    let mut world = World::new(1);
+    world.start(Plan::new("node-0", &[], 8));
+    world.start(Plan { lender: true, lend: 1.0, ..Plan::new("lender", &["node-0"], 64) });
+    world.run_for(ms(1000));
+    world.input(0, Input::Borrow { request: 1, blocks: 64 });
+    world.input(1, Input::Borrow { request: 1, blocks: 1 });
+    assert!(world.log.contains(&format!("reason: {:?}", BorrowError::NoShape)));
+    world.run_for(ms(500));
+    assert_eq!(world.nodes[0].loans[&1][0].blocks, (0..64).collect::<Vec<_>>());
+    let row = world.nodes[0].control.ledger(world.now).instances[1].row.clone().unwrap();
+    assert_eq!((row.total, row.free, row.lent, row.shape), (64, 0, 64, Some(shape(2))));
+    assert!(world.nodes[1].creditors.is_empty() && world.nodes[0].creditors.len() == 1);
+    world.check_quiet();
+}
+
+#[test]
+fn a_draining_node_lends_nothing_new_and_says_when_it_is_free() {
+    let mut world = cluster(1, &[8, 40]);
+    world.input(0, Input::Borrow { request: 1, blocks: 10 });
+    world.run_for(ms(500));
+    world.input(1, Input::Drain);
+    world.run_for(ms(100));
+    world.input(0, Input::Borrow { request: 2, blocks: 1 });
+    assert_eq!(world.nodes[0].refused, [2], "its row says so");
+    assert!(!world.nodes[1].drained);
+    world.nodes[0].loans.clear();
+    world.input(0, Input::RepayRequest { request: 1 });
+    world.run_for(ms(500));
+    assert!(world.nodes[1].drained);
+    world.input(1, Input::Leave);
+    assert_eq!(world.nodes[1].control.deadline(), None);
+    world.run_for(ms(100));
+    assert_eq!(world.nodes[0].control.members(), 0);
+}
+
+#[test]
+fn a_configuration_that_cannot_work_is_refused_with_advice() {
+    let world = {
+        let mut world = World::new(1);
+        world.start(Plan::new("node-0", &[], 1));
+        world
+    };
+    let new = |change: fn(&mut Config)| {
+        let mut config = Config::new(hello(&world, 0, InstanceId(1), 1), Vec::new());
+        change(&mut config);
+        Controller::new(config, RManager::new(PoolSource::Nothing, 0.0, LEASE), 1).err()
+    };
+    assert_eq!(new(|_| {}), None);
+    assert_eq!(new(|c| c.lost_after = c.heartbeat), Some(ConfigError::Times));
+    assert_eq!(new(|c| c.hello.control = vec![String::new(); 9]), Some(ConfigError::Addresses(9)));
+    let long = new(|c| c.join = vec!["x".repeat(MAX_ADDRESS + 1)]);
+    assert!(matches!(long, Some(ConfigError::Address(_))));
+}
+
+proptest! {
+    /// Whatever members say, in whatever order: no panic, no block lost.
+    #[test]
+    fn no_message_breaks_a_controller(
+        messages in prop::collection::vec((0usize..3, crate::control::codec::tests::message(), 0u64..400), 1..60)
+    ) {
+        let mut world = World::new(7);
+        let node = world.start(Plan::new("node-0", &[], 16));
+        let mut conns = [0; 3];
+        for (i, conn) in conns.iter_mut().enumerate() {
+            *conn = world.stranger(node);
+            let who = Hello { control: vec![format!("peer-{i}")], ..hello(&world, 0, InstanceId(50 + i as u64), 5) };
+            let bytes = bytes(&Message::Hello(who));
+            world.input(node, Input::PeerMessage { conn: *conn, bytes: &bytes });
+        }
+        for (who, message, pause) in messages {
+            // Let some asks be such as can be granted.
+            let message = match message {
+                Message::TryMoveKvCache { ticket, request, blocks, .. } => {
+                    Message::TryMoveKvCache { ticket, request, blocks: blocks % 6, shape: shape(2) }
+                }
+                Message::Repay { loan, .. } => Message::Repay { loan: LoanId(loan.0 % 8), epoch: 1 },
+                other => other,
+            };
+            if world.is_open(conns[who]) {
+                let bytes = bytes(&message);
+                world.input(node, Input::PeerMessage { conn: conns[who], bytes: &bytes });
+            }
+            world.run_for(ms(pause));
+        }
+        world.run_for(LEASE * 3);
+        prop_assert_eq!(world.nodes[node].control.rmanager().lent(), 0);
+    }
+}
