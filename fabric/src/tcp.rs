@@ -37,8 +37,10 @@ const SCHEME: &str = "tcp://";
 const WAKER: u64 = u64::MAX;
 const LISTENER: u64 = u64::MAX - 1;
 
-/// Polls between two looks at the listener and the handshakes' deadlines.
-const HOUSEKEEPING: u32 = 64;
+/// A spinning owner looks at the clock this often, in polls, and at the listener
+/// and the handshakes' deadlines once this time has passed.
+const CLOCK: u32 = 16;
+const LOOK: Duration = Duration::from_millis(1);
 
 /// How a tcp transport treats strangers.
 #[derive(Clone, Debug)]
@@ -71,6 +73,7 @@ pub struct TcpTransport {
     epoll: OwnedFd,
     wake: Arc<OwnedFd>,
     polls: u32,
+    looked: Instant,
     /// The next poll looks at the listener.
     look: bool,
     incidents: Incidents,
@@ -103,6 +106,7 @@ impl TcpTransport {
             epoll,
             wake,
             polls: 0,
+            looked: Instant::now(),
             look: true,
             incidents: Incidents::default(),
         })
@@ -257,8 +261,9 @@ impl Transport for TcpTransport {
             sink(event);
         };
         self.polls = self.polls.wrapping_add(1);
-        if self.look || self.polls.is_multiple_of(HOUSEKEEPING) {
+        if self.look || (self.polls.is_multiple_of(CLOCK) && self.looked.elapsed() >= LOOK) {
             self.look = false;
+            self.looked = Instant::now();
             self.housekeeping(&mut sink);
         }
         for slot in 0..self.peers.slots() {

@@ -9,9 +9,13 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use super::io::{MAX_PARTS, Part, send};
+use super::io::{MAX_PARTS, Part, send, send_run};
 use crate::Memory;
 use crate::frame::{MESSAGE_HEADER, WRITE_HEADER, message_header};
+
+/// Payloads up to this are copied behind their header and sent as one run: the
+/// copy costs less than what the kernel spends on a list of two.
+const SMALL: usize = 1024;
 
 /// Most bytes of a source offered to the socket in one call.
 const SLICE: usize = 1 << 20;
@@ -95,7 +99,14 @@ impl Outbox {
     /// empty.
     pub fn send_message(&mut self, socket: BorrowedFd<'_>, payload: &[u8]) -> io::Result<()> {
         let header = message_header(payload.len());
-        let sent = taken(send(socket, &[Part::Bytes(&header), Part::Bytes(payload)]))?;
+        let sent = if payload.len() <= SMALL {
+            let mut run = [0; MESSAGE_HEADER + SMALL];
+            run[..MESSAGE_HEADER].copy_from_slice(&header);
+            run[MESSAGE_HEADER..MESSAGE_HEADER + payload.len()].copy_from_slice(payload);
+            taken(send_run(socket, &run[..MESSAGE_HEADER + payload.len()]))?
+        } else {
+            taken(send(socket, &[Part::Bytes(&header), Part::Bytes(payload)]))?
+        };
         if sent < MESSAGE_HEADER + payload.len() {
             self.push_message_rest(payload, sent);
         }
@@ -112,8 +123,15 @@ impl Outbox {
         offset: usize,
         len: usize,
     ) -> io::Result<()> {
-        let parts = [Part::Bytes(&header), Part::Region(memory, offset, len.min(SLICE))];
-        let sent = taken(send(socket, &parts))?;
+        let sent = if len <= SMALL {
+            let mut run = [0; WRITE_HEADER + SMALL];
+            run[..WRITE_HEADER].copy_from_slice(&header);
+            memory.read(offset, &mut run[WRITE_HEADER..WRITE_HEADER + len]).map_err(io::Error::other)?;
+            taken(send_run(socket, &run[..WRITE_HEADER + len]))?
+        } else {
+            let parts = [Part::Bytes(&header), Part::Region(memory, offset, len.min(SLICE))];
+            taken(send(socket, &parts))?
+        };
         if sent < WRITE_HEADER + len {
             self.push_write(Outgoing { header, memory: Arc::clone(memory), offset, len }, sent);
             if len > SLICE {
