@@ -9,6 +9,7 @@ pub use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 pub const SHARDS: usize = 8;
 
 /// The calling thread's part of the free list, below [`SHARDS`].
+#[inline]
 pub fn home() -> usize {
     use std::cell::Cell;
 
