@@ -3,8 +3,10 @@
 //! runs in a node and, thousands of seeds a night, in a simulator.
 
 mod codec;
+mod config;
 pub mod controller;
 pub mod debts;
+mod event;
 pub mod ledger;
 pub mod membership;
 pub mod message;

@@ -3,7 +3,7 @@
 //! `tests/loom_table.rs` and `tests/shuttle_table.rs`).
 
 pub use std::hint::spin_loop;
-pub use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+pub use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// Parts of the free list.
 pub const SHARDS: usize = 8;

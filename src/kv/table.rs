@@ -10,7 +10,7 @@
 //! Free blocks are stacks threaded through `links`, each head tagged so that a
 //! head seen before a pause is never mistaken for the same head after. There
 //! are several, and a thread begins at its own: with one for all, its cache
-//! line was most of an allocation's cost (see `benches/RESULTS.md`). No lock,
+//! line was most of an allocation's cost (`benches/table.rs`). No lock,
 //! no hash, no allocation; a block's bytes are touched only by whoever the
 //! entry names, so nothing needs to be reclaimed later.
 //!
@@ -23,7 +23,7 @@
 pub use super::entry::{BlockRef, Owner, State, TableError};
 use super::entry::{Entry, GENERATION_MASK, MAX_REFS};
 use super::rblock::{BlockIndex, LoanId};
-use super::sync::{AtomicU32, AtomicU64, Ordering, SHARDS, home, spin_loop};
+use super::sync::{AtomicU32, AtomicU64, Ordering, SHARDS, fence, home, spin_loop};
 
 /// End of the free list.
 const NIL: u32 = u32::MAX;
@@ -270,6 +270,16 @@ impl RBlockTable {
         entry.is_some_and(|e| e.loan() == Some(loan) && matches!(e.state, State::Filling | State::Live))
     }
 
+    /// As [`visible`](Self::visible), asked after the block was read: if it
+    /// holds, every byte read was the loan's.
+    #[inline]
+    pub fn was_visible(&self, block: BlockIndex, loan: LoanId) -> bool {
+        // Pairs with the fence in `give`: who read a byte of the next owner
+        // sees the next owner's entry here.
+        fence(Ordering::Acquire);
+        self.visible(block, loan)
+    }
+
     // ---- entries --------------------------------------------------------------
 
     /// Changes a local block's entry; returns what it was.
@@ -381,6 +391,8 @@ impl RBlockTable {
             sink(BlockRef { index: block, generation: before.generation });
             block = following;
         }
+        // The new entries are seen by whoever sees a byte written under them.
+        fence(Ordering::Release);
     }
 
     /// Takes 1 to `most` blocks off a stack, unless it is empty.

@@ -372,6 +372,21 @@ fn a_pure_lender_lends_to_whoever_comes_first_and_never_borrows() {
 }
 
 #[test]
+fn nobody_is_taken_for_gone_by_one_who_was_stopped() {
+    let mut world = cluster(1, &[8, 40]);
+    world.input(0, Input::Borrow { request: 1, blocks: 10 });
+    world.run_for(ms(500));
+    // The machine sleeps for longer than any time limit.
+    world.now += LEASE * 4;
+    world.run_for(ms(5000));
+    assert!(
+        world.nodes.iter().all(|n| !n.notes.iter().any(|note| matches!(note, Note::Down(..) | Note::Lapsed { .. })))
+    );
+    assert_eq!(world.nodes[0].loans.len(), 1);
+    world.check_quiet();
+}
+
+#[test]
 fn a_draining_node_lends_nothing_new_and_says_when_it_is_free() {
     let mut world = cluster(1, &[8, 40]);
     world.input(0, Input::Borrow { request: 1, blocks: 10 });
