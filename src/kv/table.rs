@@ -10,9 +10,9 @@
 //! Free blocks are stacks threaded through `links`, each head tagged so that a
 //! head seen before a pause is never mistaken for the same head after. There
 //! are several, and a thread begins at its own: with one for all, its cache
-//! line was most of an allocation's cost (`benches/table.rs`). No lock,
-//! no hash, no allocation; a block's bytes are touched only by whoever the
-//! entry names, so nothing needs to be reclaimed later.
+//! line was most of an allocation's cost (`benches/table.rs`). No lock, no
+//! hash, no allocation; a block's bytes are touched only by whoever the entry
+//! names, so nothing needs to be reclaimed later.
 //!
 //! A free block's link also says how many blocks lie from it downwards, so a
 //! stack needs no counter beside its head, and an allocation is one
@@ -123,7 +123,7 @@ impl RBlockTable {
     // ---- local sequences and the prefix cache -----------------------------
 
     /// Takes one block. A loan's block starts Reserved, any other Held with one
-    /// ref. `None`: nothing is free.
+    /// ref. `None`: nothing is free (or was while others took and gave).
     pub fn alloc(&self, owner: Owner) -> Option<BlockRef> {
         let chain = stacks().find_map(|stack| self.pop(stack, 1))?;
         let mut taken = None;
