@@ -221,7 +221,7 @@ fn attention(metadata: &Metadata<'_, '_>, hidden: usize) -> Result<AttentionShap
     }
     let head_dim = match metadata.count("attention.key_length", MAX_HEAD_DIM)? {
         Some(dim) => dim,
-        None if hidden % heads == 0 => hidden / heads,
+        None if hidden.is_multiple_of(heads) => hidden / heads,
         None => {
             let problem = format!("{heads} does not divide embedding_length ({hidden}) and there is no key_length");
             return Err(metadata.error("attention.head_count", problem));

@@ -137,3 +137,6 @@ fn name(path: &Path) -> String {
     let name = if whole.is_dir() { whole.file_name() } else { whole.file_stem() };
     name.map_or_else(|| "model".to_owned(), |n| n.to_string_lossy().into_owned())
 }
+
+#[cfg(test)]
+mod tests;
