@@ -8,6 +8,7 @@ mod golden;
 mod smollm2;
 
 use distkv::device::tensor::DType;
+use distkv::model::hf;
 use distkv::model::load;
 use distkv::model::safetensors::tensor_name;
 use distkv::model::synth;
@@ -28,6 +29,21 @@ fn golden_models_have_the_weights_that_numpy_computed() {
         assert!(model.logits.iter().all(|l| l.len() == files.config.vocab));
         assert!(model.smallest_margin >= 1e-3 && model.prompt.len() == 80 && model.greedy.len() == 64);
         assert_eq!(model.difference(0, &model.logits[0]), 0.0);
+    }
+}
+
+#[test]
+fn golden_models_have_the_rotations_and_windows_of_transformers() {
+    for model in GoldenModel::all() {
+        let config = hf::parse(&model.config, None).unwrap().model;
+        let close = |a: f32, b: f32| (a - b).abs() <= 1e-6 * b.abs();
+        assert_eq!(config.rope.inv_freq.len(), model.rope.inv_freq.len());
+        for (ours, theirs) in config.rope.inv_freq.iter().zip(&model.rope.inv_freq) {
+            assert!(close(*ours, *theirs), "{}: {ours} is not {theirs}", model.name);
+        }
+        assert!(close(config.rope.magnitude, model.rope.magnitude), "{}", model.name);
+        let windows: Vec<Option<u32>> = (0..config.layers).map(|layer| config.window(layer)).collect();
+        assert_eq!(windows, model.windows, "{}", model.name);
     }
 }
 

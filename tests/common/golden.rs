@@ -21,6 +21,10 @@ pub struct GoldenModel {
     pub seed: u64,
     /// A few of them.
     pub weights: SomeWeights,
+    /// The rotary embedding.
+    pub rope: GoldenRope,
+    /// Sliding window of each layer.
+    pub windows: Vec<Option<u32>>,
     /// Token ids.
     pub prompt: Vec<u32>,
     /// The ids that follow greedily.
@@ -31,6 +35,15 @@ pub struct GoldenModel {
     pub positions: Vec<usize>,
     /// Next-token logits at each of `positions`, `[vocab]`.
     pub logits: Vec<Vec<f32>>,
+}
+
+/// The rotary embedding as transformers computes it.
+#[derive(Debug, Deserialize)]
+pub struct GoldenRope {
+    /// Angle a position of each pair.
+    pub inv_freq: Vec<f32>,
+    /// Factor on cos and sin.
+    pub magnitude: f32,
 }
 
 /// The beginning of one tensor.
