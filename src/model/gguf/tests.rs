@@ -134,6 +134,8 @@ fn wrong_metadata_is_named() {
         ("llama.vocab_size", Field::U32(11), "10 rows"),
         ("llama.feed_forward_length", Field::I32s(vec![64, 32]), "differs between layers"),
         ("general.alignment", Field::U32(24), "power of two"),
+        ("general.type", Field::Str("adapter"), "not a model"),
+        ("split.count", Field::U32(2), "several files"),
     ] {
         let error = with(name, value);
         assert!(error.contains(name) && error.contains(said), "{name}: {error}");

@@ -61,6 +61,20 @@ fn a_model_without_template_says_that_a_chat_needs_one() {
 }
 
 #[test]
+fn the_tokenizer_names_the_end_where_the_configurations_do_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = json!({
+        "model_type": "qwen2", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 260, "max_position_embeddings": 64
+    });
+    synth::synth_to(dir.path(), &config, 1, DType::F32).unwrap();
+    synth::write_tokenizer(dir.path(), 260).unwrap();
+    assert_eq!(open(dir.path()).unwrap().config.eos, [257, 259]);
+    std::fs::remove_file(dir.path().join("generation_config.json")).unwrap();
+    assert_eq!(open(dir.path()).unwrap().config.eos, [257]);
+}
+
+#[test]
 fn a_gguf_is_opened_with_its_weights() {
     let f32s = |values: usize| vec![0u8; values * 4];
     let fields = [
