@@ -340,8 +340,11 @@ impl<'a> Reader<'a> {
     }
 
     fn str(&mut self, what: &str) -> Result<&'a str> {
-        let len = self.count(1, what)?;
-        let bytes = self.take(len, what)?;
+        let len = self.u64(what)?;
+        if len > self.left() as u64 {
+            return Err(self.error(format!("truncated or damaged: {what} claims {len} bytes")));
+        }
+        let bytes = self.take(len as usize, what)?;
         std::str::from_utf8(bytes).map_err(|_| self.error(format!("{what} is not UTF-8")))
     }
 
