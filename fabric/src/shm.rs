@@ -425,3 +425,7 @@ impl Drop for ShmTransport {
         let _ = std::fs::remove_file(&self.path);
     }
 }
+
+#[cfg(test)]
+#[path = "shm/hostile.rs"]
+mod hostile;

@@ -7,6 +7,22 @@
 //! into its region. Every header is checked (kind, lengths, region, range,
 //! token, guard) before a byte lands; a peer that breaks the protocol loses
 //! its connection, the transport goes on and counts it in [`Stats`].
+//!
+//! With few connections a poll receives from each, which is what a spinning
+//! owner wants: nothing is faster than asking the socket itself. With more, it
+//! asks epoll which have something, once, and attends to those only; with very
+//! many ready at once, one io_uring submission receives for all of them.
+//! Measured with `examples/crowd.rs` (µs until a hub has heard one 64-byte
+//! message of each peer, two cores, dev profile):
+//!
+//! | peers | 8 | 16 | 64 | 256 |
+//! |---|---|---|---|---|
+//! | a call each | 3.0 | 5.9 | 23.6 | 105 |
+//! | io_uring | 3.2 | 5.9 | 22.5 | 99 |
+//!
+//! A poll that finds nothing takes 0.14 µs however many peers there are. Sleep
+//! is epoll's: it costs a spinning owner nothing per message, while an armed
+//! io_uring poll interrupts it at each arrival.
 
 mod batch;
 mod connection;
@@ -39,6 +55,12 @@ const SCHEME: &str = "tcp://";
 /// Tokens of the readiness source that are no connection.
 const WAKER: u64 = u64::MAX;
 const LISTENER: u64 = u64::MAX - 1;
+
+/// What epoll tells of a connection: once when something new is there, so that
+/// asking it costs nothing for those that have nothing new.
+const ARRIVALS: epoll::EventFlags = epoll::EventFlags::IN.union(epoll::EventFlags::RDHUP).union(epoll::EventFlags::ET);
+/// Told when the connection ends.
+const ENDS: epoll::EventFlags = epoll::EventFlags::RDHUP.union(epoll::EventFlags::HUP).union(epoll::EventFlags::ERR);
 
 /// A spinning owner looks at the clock this often, in polls, and at the listener
 /// and the handshakes' deadlines once this time has passed.
@@ -149,7 +171,7 @@ impl TcpTransport {
     fn add(&mut self, connection: Connection) -> Result<PeerId> {
         let peer = self.peers.insert(Box::new(connection))?;
         let socket = &self.peers.get_mut(peer)?.socket;
-        let watched = epoll::add(&self.epoll, socket, epoll::EventData::new_u64(peer.0), epoll::EventFlags::IN);
+        let watched = epoll::add(&self.epoll, socket, epoll::EventData::new_u64(peer.0), ARRIVALS);
         if let Err(e) = watched {
             self.peers.remove(peer);
             return Err(Error::os("watching a socket", e));
@@ -177,6 +199,8 @@ impl TcpTransport {
                 peer => {
                     if let Ok(connection) = self.peers.get_mut(PeerId(peer)) {
                         connection.ready = true;
+                        let flags = event.flags;
+                        connection.ending |= flags.intersects(ENDS);
                         if connection.must_list() {
                             self.active.push(PeerId(peer));
                         }
@@ -446,11 +470,13 @@ impl Transport for TcpTransport {
     fn wait(&mut self, mut timeout: Duration) -> Result<()> {
         let mut greeting = false;
         for (peer, connection) in self.peers.iter_mut() {
+            if connection.ready || connection.is_unfinished() {
+                return Ok(());
+            }
             greeting |= connection.phase != Phase::Open;
             let writable = connection.has_output();
             if writable != connection.told_writable {
-                let out = if writable { epoll::EventFlags::OUT } else { epoll::EventFlags::empty() };
-                let flags = epoll::EventFlags::IN | out;
+                let flags = if writable { ARRIVALS | epoll::EventFlags::OUT } else { ARRIVALS };
                 epoll::modify(&self.epoll, &connection.socket, epoll::EventData::new_u64(peer.0), flags)
                     .map_err(|e| Error::os("watching a socket", e))?;
                 connection.told_writable = writable;

@@ -16,7 +16,7 @@ use io_uring::{IoUring, opcode, types};
 const ENTRIES: u32 = 64;
 
 /// Below this many, plain calls are as fast.
-pub(super) const WORTH: usize = 4;
+pub(super) const WORTH: usize = 32;
 
 pub(super) struct Batch {
     ring: IoUring,

@@ -50,6 +50,8 @@ pub(super) struct Connection {
     body: Body,
     /// The socket may hold something: it said so, or was not emptied.
     pub ready: bool,
+    /// The socket has told of its end: it is ready until that is read.
+    pub ending: bool,
     /// On the list of those with something to do.
     listed: bool,
     /// The result of a receive into the [`window`](Self::window) that was made
@@ -83,7 +85,8 @@ impl Connection {
             start: 0,
             end: 0,
             body: Body::None,
-            ready: true,
+            ready: false,
+            ending: false,
             listed: true,
             received: None,
         }
@@ -98,6 +101,11 @@ impl Connection {
     /// Is there something that the socket has not taken?
     pub fn has_output(&self) -> bool {
         self.broken.is_none() && (!self.greeting.is_empty() || (self.phase == Phase::Open && !self.outbox.is_empty()))
+    }
+
+    /// Did the last flush stop though the socket would take more?
+    pub fn is_unfinished(&self) -> bool {
+        self.broken.is_some() || self.outbox.is_unfinished()
     }
 
     /// Is there something to do even if nothing arrives?
@@ -255,8 +263,9 @@ impl Connection {
             self.consume(peer, regions, sink)?;
             budget = budget.saturating_sub(got);
             // A short read emptied the socket: asking again would only tell so.
-            self.ready = got >= room;
-            if !self.ready || budget == 0 {
+            // Except of its end.
+            self.ready = got >= room || self.ending;
+            if got < room || budget == 0 {
                 return Ok(());
             }
         }
