@@ -7,7 +7,7 @@
 
 use super::attention::{PAD, Partials};
 use super::kv_view::{KvView, load, widen};
-use super::simd::{Kernel, Simd};
+use super::simd::{Kernel, Simd, lanes};
 use crate::kv::rblock::{KvDtype, KvRun};
 
 /// All query heads of the consecutive rows of one sequence over some runs.
@@ -184,11 +184,15 @@ impl Few<'_> {
                 for v in 0..self.rows * self.group {
                     let q = q.add(v * padded);
                     let mut sums = [S::splat(0.0); 16];
+                    let mut column = tile.cast_const();
                     for i in (0..width).step_by(S::LANES) {
-                        let x = S::load(q.add(i));
+                        let x = S::load(q.wrapping_add(i));
+                        let mut at = column;
                         for t in 0..S::LANES {
-                            sums[t] = S::fma(S::load(tile.add(t * padded + i)), x, sums[t]);
+                            sums[t] = S::fma(S::load(at), x, sums[t]);
+                            at = at.wrapping_add(padded);
                         }
+                        column = column.wrapping_add(S::LANES);
                     }
                     S::store(scores.add(v * tokens + first), S::sums(&sums));
                 }
@@ -312,22 +316,22 @@ impl Few<'_> {
                     sums[n][c] = S::load(acc.add(n * padded + i + c * S::LANES));
                 }
             }
-            for t in 0..count {
-                let at = values.add(t * row);
-                let column = at.add(i * dtype.size());
+            let mut column = values.wrapping_add(i * dtype.size());
+            let mut weights: [*const f32; N] = lanes!([weights; N], n => weights.wrapping_add(n * tokens));
+            for _ in 0..count {
+                let next = column.wrapping_offset(ahead);
                 for line in (0..C * S::LANES * dtype.size()).step_by(64) {
-                    S::prefetch(column.wrapping_offset(ahead).wrapping_add(line));
+                    S::prefetch(next.wrapping_add(line));
                 }
-                let mut x = [S::splat(0.0); C];
-                for c in 0..C {
-                    x[c] = load::<S>(at, i + c * S::LANES, dtype);
-                }
+                let x: [S::F; C] = lanes!(S, C, c => load::<S>(column, c * S::LANES, dtype));
                 for n in 0..N {
-                    let weight = S::splat(*weights.add(n * tokens + t));
+                    let weight = S::splat(*weights[n]);
+                    weights[n] = weights[n].wrapping_add(1);
                     for c in 0..C {
                         sums[n][c] = S::fma(x[c], weight, sums[n][c]);
                     }
                 }
+                column = column.wrapping_add(row);
             }
             for n in 0..N {
                 for c in 0..C {

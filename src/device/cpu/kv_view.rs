@@ -67,9 +67,9 @@ pub(super) unsafe fn load<S: Simd>(row: *const u8, i: usize, dtype: KvDtype) -> 
     // SAFETY: as promised.
     unsafe {
         match dtype {
-            KvDtype::Bf16 => S::load_bf16(row.cast::<u16>().add(i)),
-            KvDtype::F16 => S::load_f16(row.cast::<u16>().add(i)),
-            KvDtype::F32 => S::load(row.cast::<f32>().add(i)),
+            KvDtype::Bf16 => S::load_bf16(row.cast::<u16>().wrapping_add(i)),
+            KvDtype::F16 => S::load_f16(row.cast::<u16>().wrapping_add(i)),
+            KvDtype::F32 => S::load(row.cast::<f32>().wrapping_add(i)),
         }
     }
 }
@@ -88,7 +88,7 @@ pub(super) unsafe fn widen<S: Simd>(row: *const u8, d: usize, dtype: KvDtype, ah
             S::prefetch(ahead.wrapping_add(at));
         }
         for i in (0..whole).step_by(S::LANES) {
-            S::store(out.add(i), load::<S>(row, i, dtype));
+            S::store(out.wrapping_add(i), load::<S>(row, i, dtype));
         }
         if whole < d {
             for i in whole..whole + S::LANES {
