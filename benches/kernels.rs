@@ -130,6 +130,8 @@ fn attention() {
         (9, 3, 64, 8192, 1, 512),
         (32, 8, 128, 8192, 1, 512),
     ];
+    // Without the memory: what the arithmetic alone costs.
+    let cached = std::env::args().any(|a| a == "--cached");
     let one: Option<usize> = std::env::args().filter_map(|a| a.parse().ok()).next();
     for (index, (heads, kv_heads, head_dim, depth, batch, rows)) in all.into_iter().enumerate() {
         if one.is_some_and(|one| one != index) {
@@ -142,12 +144,13 @@ fn attention() {
             heads,
             kv_heads,
             head_dim,
-            depth,
+            depth: if cached { 128 } else { depth },
             batch,
             rows,
             kv_dtype: KvDtype::Bf16,
             block_tokens: 16,
             threads: Some(THREADS),
+            rotation: if cached { 1 } else { 1024 },
             seconds: 1.5,
         };
         run(args).unwrap();

@@ -13,8 +13,6 @@ use crate::device::{AttentionShape, AttnSeq, HolderKernel};
 use crate::kv::pool::KvPool;
 use crate::kv::rblock::{KvDtype, KvRun, KvShape};
 
-/// KV that the iterations rotate over, at least: a cache must not answer.
-const ROTATION: usize = 1 << 30;
 /// The floor is measured again before each of these rounds.
 const ROUNDS: u32 = 8;
 
@@ -48,6 +46,10 @@ pub struct Args {
     /// Threads; as many as there are cores unless given.
     #[arg(long)]
     pub threads: Option<usize>,
+    /// KV that the iterations rotate over, at least, in MiB: less than a few times
+    /// the last-level cache lets the cache answer.
+    #[arg(long, default_value_t = 1024)]
+    pub rotation: usize,
     /// How long to measure, in seconds.
     #[arg(long, default_value_t = 5.0)]
     pub seconds: f64,
@@ -117,7 +119,7 @@ pub fn measure(args: &Args) -> anyhow::Result<Figures> {
     };
     let blocks = args.batch * kv.blocks_for(args.depth);
     // Layers are what rotates.
-    kv.layers = u32::try_from(ROTATION.div_ceil(blocks * kv.layer_bytes()).max(2))?;
+    kv.layers = u32::try_from((args.rotation << 20).div_ceil(blocks * kv.layer_bytes()).max(1))?;
     let pool = Arc::new(KvPool::new(kv, u32::try_from(blocks)?).context("allocating the KV")?);
     fill(&pool, args.kv_dtype)?;
     let (seqs, runs) = layout(args, blocks);
@@ -227,6 +229,7 @@ mod tests {
             kv_dtype: KvDtype::F32,
             block_tokens: 16,
             threads: Some(1),
+            rotation: 1,
             seconds: 0.1,
         };
         let (seqs, runs) = layout(&args, 12);
