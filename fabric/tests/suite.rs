@@ -46,6 +46,7 @@ macro_rules! suite_for {
             a_peer_that_does_not_poll_holds_nobody_up,
             writes_to_a_peer_that_does_not_poll_wait_for_it,
             both_sides_may_flood_at_once,
+            a_crowd_wakes_its_hub,
             $($more,)*
         ]);
     };

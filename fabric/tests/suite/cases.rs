@@ -139,7 +139,7 @@ pub fn small_messages_keep_their_place_behind_big_writes(make: Make) {
 pub fn many_peers_are_told_apart(make: Make) {
     let mut hub = Node::new(make);
     let (landing, _, key) = hub.target(4096);
-    let mut rim: Vec<_> = (0..24u8)
+    let mut rim: Vec<_> = (0..48u8)
         .map(|i| {
             let mut node = Node::new(make);
             let (to_hub, from_hub) = join(&mut node, &mut hub, &[i]);
@@ -436,4 +436,54 @@ pub fn both_sides_may_flood_at_once(make: Make) {
         }
         a.messages_len() == 1000 && b.messages_len() == 1000
     });
+}
+
+/// A hub that sleeps between polls answers many connections of a peer that does
+/// the same; then each says a last word and hangs up at once.
+pub fn a_crowd_wakes_its_hub(make: Make) {
+    const PEERS: usize = 12;
+    const ROUNDS: usize = 2000;
+    let (mut hub, mut rim) = (Node::new(make), Node::new(make));
+    let to_hub: Vec<_> = (0..PEERS).map(|_| join(&mut rim, &mut hub, b"rim").0).collect();
+    hub.seen.clear();
+    let serving = std::thread::spawn(move || {
+        let mut farewells = Vec::new();
+        let mut closed = 0;
+        while closed < PEERS {
+            hub.transport.wait(Duration::from_secs(3600)).unwrap();
+            hub.poll();
+            for seen in std::mem::take(&mut hub.seen) {
+                match seen {
+                    Seen::Message(peer, word) if word == b"bye" => farewells.push(peer),
+                    Seen::Message(peer, word) => hub.transport.send(peer, &word).unwrap(),
+                    Seen::Closed(peer, reason) => {
+                        assert_eq!(reason, Error::PeerGone);
+                        assert!(farewells.contains(&peer), "its last word came before its end");
+                        closed += 1;
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+        assert_eq!(farewells.len(), PEERS);
+    });
+    rim.seen.clear();
+    for round in 0..ROUNDS {
+        // Sometimes all speak, sometimes few.
+        let speakers = if round % 3 == 0 { &to_hub[..] } else { &to_hub[round % PEERS..][..1] };
+        let word = pattern(1 + (round * 97) % 3000, round);
+        for peer in speakers {
+            rim.transport.send(*peer, &word).unwrap();
+        }
+        while rim.seen.len() < speakers.len() {
+            rim.transport.wait(Duration::from_secs(3600)).unwrap();
+            rim.poll();
+        }
+        assert!(rim.seen.drain(..).all(|seen| matches!(seen, Seen::Message(_, got) if got == word)));
+    }
+    for peer in to_hub {
+        rim.transport.send(peer, b"bye").unwrap();
+        rim.transport.disconnect(peer);
+    }
+    serving.join().unwrap();
 }
