@@ -70,7 +70,7 @@ def settled(url):
 
 def chat(url, path, question, max_tokens=96, usage_path=None):
     with open(path, encoding="utf-8") as file:
-        text = file.read().rstrip() + "\n\n" + question
+        text = file.read().rstrip() + "\n\n\n" + question
     body = {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": int(max_tokens)}
     usage, started, first = None, time.monotonic(), None
     for event in events(url + "/v1/chat/completions", body):
