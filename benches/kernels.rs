@@ -56,6 +56,9 @@ fn main() {
     let filter = args.iter().find(|a| !a.starts_with("--")).cloned().unwrap_or_default();
     let mut device = CpuDevice::new(CpuOptions { threads: THREADS, math, ..CpuOptions::default() }).unwrap();
     println!("{}", device.describe());
+    if filter == "attention" {
+        return attention();
+    }
     let mut sweep = ReadSweep::new(THREADS).unwrap();
     let (outs, cols) = (14336usize, 4096usize);
     println!("product of rows × {cols} by {outs} × {cols}");
@@ -111,5 +114,45 @@ fn main() {
                 );
             }
         }
+    }
+}
+
+fn attention() {
+    use distkv::cli::bench::attention::{Args, run};
+    use distkv::kv::rblock::KvDtype;
+    let all = [
+        (9, 3, 64, 8192, 1, 1),
+        (32, 8, 128, 8192, 1, 1),
+        (32, 8, 128, 32768, 1, 1),
+        (32, 8, 128, 1024, 8, 1),
+        (32, 4, 128, 8192, 1, 1),
+        (12, 12, 64, 8192, 1, 1),
+        (9, 3, 64, 8192, 1, 512),
+        (32, 8, 128, 8192, 1, 512),
+    ];
+    // Without the memory: what the arithmetic alone costs.
+    let cached = std::env::args().any(|a| a == "--cached");
+    let one: Option<usize> = std::env::args().filter_map(|a| a.parse().ok()).next();
+    for (index, (heads, kv_heads, head_dim, depth, batch, rows)) in all.into_iter().enumerate() {
+        if one.is_some_and(|one| one != index) {
+            continue;
+        }
+        println!(
+            "\n{heads} heads, {kv_heads} kv heads, head_dim {head_dim}, depth {depth}, batch {batch}, rows {rows}"
+        );
+        let args = Args {
+            heads,
+            kv_heads,
+            head_dim,
+            depth: if cached { 128 } else { depth },
+            batch,
+            rows,
+            kv_dtype: KvDtype::Bf16,
+            block_tokens: 16,
+            threads: Some(THREADS),
+            rotation: if cached { 1 } else { 1024 },
+            seconds: 1.5,
+        };
+        run(args).unwrap();
     }
 }

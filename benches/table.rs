@@ -72,7 +72,10 @@ struct Plain {
     loan: Option<LoanId>,
 }
 
-struct Mutexed(Mutex<(HashMap<u32, Plain>, Vec<(u32, u32)>)>);
+/// Free blocks with their generations.
+type FreeList = Vec<(u32, u32)>;
+
+struct Mutexed(Mutex<(HashMap<u32, Plain>, FreeList)>);
 
 impl Table for Mutexed {
     const NAME: &'static str = "Mutex<HashMap>";
@@ -124,7 +127,7 @@ impl Table for Mutexed {
 
 struct Dashed {
     map: DashMap<u32, Plain>,
-    free: Mutex<Vec<(u32, u32)>>,
+    free: Mutex<FreeList>,
 }
 
 impl Table for Dashed {
@@ -266,9 +269,7 @@ fn round<T: Table + 'static>(mix: Mix, histogram: Option<&Mutex<Histogram<u64>>>
                                     let before = Instant::now();
                                     let done = apply(&*table, *op, me, &mut held);
                                     let nanos = before.elapsed().as_nanos() as u64;
-                                    if done > 0 {
-                                        local.saturating_record(nanos / done);
-                                    }
+                                    nanos.checked_div(done).into_iter().for_each(|n| local.saturating_record(n));
                                 } else {
                                     ops += apply(&*table, *op, me, &mut held);
                                 }

@@ -236,12 +236,22 @@ def golden_model(config, seed):
         "config": config,
         "seed": seed,
         "weights": {"name": sample, "first": floats(tensor.ravel()[:4])},
+        "rope": {
+            "inv_freq": floats(model.model.rotary_emb.inv_freq),
+            "magnitude": float(model.model.rotary_emb.attention_scaling),
+        },
+        "windows": [window(model.config, layer.self_attn) for layer in model.model.layers],
         "prompt": prompt,
         "greedy": greedy,
         "smallest_margin": round(min(margins), 6),
         "positions": positions + [len(ids) - 1],
         "logits": [floats(first[p]) for p in positions] + [floats(last)],
     }, min(margins)
+
+
+def window(config, attention):
+    """Of a layer: Mistral has one for all, Qwen one each, Llama none."""
+    return config.sliding_window if config.model_type == "mistral" else getattr(attention, "sliding_window", None)
 
 
 def floats(values):
@@ -258,13 +268,15 @@ def make_models():
     folder = GOLDEN / "models"
     folder.mkdir(parents=True, exist_ok=True)
     for name, config in model_configs().items():
-        for seed in range(1, 400):
+        path = folder / f"{name}.json"
+        # The seed that was found last time is likely to be as good today.
+        known = [json.loads(path.read_text())["seed"]] if path.exists() else []
+        for seed in [*known, *range(1, 400)]:
             golden, margin = golden_model(config, seed)
             if golden:
                 break
         else:
             sys.exit(f"{name}: no seed gives margins above {MARGIN}")
-        path = folder / f"{name}.json"
         path.write_text(json.dumps(golden, separators=(",", ":")) + "\n")
         distinct = len(set(golden["greedy"]))
         print(f"{name}: seed {seed}, margin {margin:.4f}, {distinct} distinct tokens, {path.stat().st_size} bytes", flush=True)
@@ -293,12 +305,21 @@ TEXTS = [
     "$100 €50 £20 ¥9 50% #tag @user a_b-c.d/e:f;g|h~i^j*k+l=m<n>o?p!q&r",
 ]
 
+def chat_prompt(question):
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    turns = [("system", system), ("user", question)]
+    return "".join(f"<|im_start|>{r}\n{c}<|im_end|>\n" for r, c in turns) + "<|im_start|>assistant\n"
+
+
+# The first five were chosen for wide margins: llama.cpp, which rounds activations
+# to 8 bits, gives the same tokens as float32. The last parts from it.
 PROMPTS = [
-    "The capital of France is",
-    "Once upon a time, in a village by the sea, there lived",
-    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-    "<|im_start|>user\nName three primary colours and say why they are called so.<|im_end|>\n<|im_start|>assistant\n",
+    "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,",
+    chat_prompt("What is 2+2?"),
+    chat_prompt("Count from one to ten."),
+    "SELECT * FROM users WHERE",
     "def fibonacci(n):\n    \"\"\"Returns the n-th Fibonacci number.\"\"\"\n",
+    "The capital of France is",
 ]
 REAL_TOKENS = 48
 
@@ -369,18 +390,21 @@ def make_smollm2():
             cache_prompt=False,
             ignore_eos=False,
         )
-        wide, margins, top = [], [], None
         with torch.no_grad():
-            for _ in range(REAL_TOKENS):
-                logits = model(torch.tensor([ids + wide]), use_cache=False).logits[0, -1]
-                best = torch.topk(logits, 8)
-                if top is None:
-                    top = [[int(i), round(float(v), 4)] for i, v in zip(best.indices, best.values)]
-                margins.append(round(float(best.values[0] - best.values[1]), 4))
-                wide.append(int(best.indices[0]))
-                if wide[-1] in (0, 2):
-                    break
-        same = next((i for i, (a, b) in enumerate(zip(answer["tokens"], wide)) if a != b), min(len(wide), len(answer["tokens"])))
+            out = model.generate(
+                torch.tensor([ids]),
+                max_new_tokens=REAL_TOKENS,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_scores=True,
+                eos_token_id=[0, 2],
+            )
+        wide = out.sequences[0, len(ids) :].tolist()
+        best = [torch.topk(scores[0], 8) for scores in out.scores]
+        margins = [round(float(b.values[0] - b.values[1]), 4) for b in best]
+        top = [[int(i), round(float(v), 4)] for i, v in zip(best[0].indices, best[0].values)]
+        pairs = list(zip(answer["tokens"], wide))
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
         print(f"smollm2: {prompt[:30]!r}: llama.cpp and float32 agree for {same} of {len(wide)} tokens")
         greedy.append(
             {
@@ -388,6 +412,7 @@ def make_smollm2():
                 "ids": ids,
                 "llama_cpp": answer["tokens"],
                 "llama_cpp_text": answer["content"],
+                "exact": answer["tokens"] == wide,
                 "float32": wide,
                 "float32_margins": margins,
                 "float32_top_logits": top,

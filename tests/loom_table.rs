@@ -21,7 +21,7 @@ mod table;
 mod sync {
     use std::cell::Cell;
 
-    pub use loom::sync::atomic::Ordering;
+    pub use loom::sync::atomic::{Ordering, fence};
 
     thread_local! {
         /// Loads and stores are read-modify-writes. (loom runs all threads of a model on
@@ -305,5 +305,31 @@ fn the_last_of_two_holders_frees() {
         pool.touch(next.index, 2);
         let stale = BlockRef { generation: 0, ..next };
         assert!(pool.table.release(stale).is_err() && pool.table.retain(stale).is_err());
+    });
+}
+
+#[test]
+fn what_was_visible_after_reading_was_the_loans() {
+    use loom::sync::atomic::{AtomicU32, Ordering};
+
+    explore("read, then check", None, || {
+        let table = Arc::new(RBlockTable::new(1));
+        let bytes = Arc::new(AtomicU32::new(0));
+        let loan = LoanId(1);
+        let block = table.reserve(1, loan).unwrap()[0];
+        table.begin_fill(block, loan).unwrap();
+        bytes.store(1, Ordering::Relaxed);
+        let (other, its) = (table.clone(), bytes.clone());
+        // The loan lapses and a local sequence takes the block.
+        let thread = thread::spawn(move || {
+            other.free_loan(loan, &[block]).unwrap();
+            other.alloc(Owner::Sequence(1)).unwrap();
+            its.store(2, Ordering::Relaxed);
+        });
+        let seen = bytes.load(Ordering::Relaxed);
+        if table.was_visible(block, loan) {
+            assert_eq!(seen, 1, "attended to another's bytes");
+        }
+        thread.join().unwrap();
     });
 }

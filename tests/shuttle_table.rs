@@ -12,7 +12,7 @@ mod rblock;
 #[path = "../src/kv/table.rs"]
 mod table;
 mod sync {
-    pub use shuttle::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+    pub use shuttle::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
     pub fn spin_loop() {
         shuttle::thread::yield_now();

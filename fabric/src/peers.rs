@@ -49,9 +49,26 @@ impl<C> Peers<C> {
     }
 
     pub fn remove(&mut self, id: PeerId) -> Option<C> {
+        let connection = self.take(id)?;
+        self.release(id);
+        Some(connection)
+    }
+
+    /// Lends a connection out; its place is kept until it is
+    /// [put](Self::put) back or [released](Self::release).
+    pub fn take(&mut self, id: PeerId) -> Option<C> {
         self.get(id)?;
-        self.free.push(slot(id));
         self.slots[slot(id)].take().map(|(_, connection)| connection)
+    }
+
+    /// Puts back what was lent out.
+    pub fn put(&mut self, id: PeerId, connection: C) {
+        self.slots[slot(id)] = Some((id, connection));
+    }
+
+    /// Gives up the place of a connection that was lent out.
+    pub fn release(&mut self, id: PeerId) {
+        self.free.push(slot(id));
     }
 
     /// How many slots there are: indices for [`at`](Self::at).
@@ -70,9 +87,13 @@ impl<C> Peers<C> {
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (PeerId, &mut C)> {
         self.slots.iter_mut().flatten().map(|(id, connection)| (*id, connection))
     }
+
+    pub fn len(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
 }
 
 /// The slot of an id.
-pub(crate) fn slot(id: PeerId) -> usize {
+fn slot(id: PeerId) -> usize {
     (id.0 & ((1 << SLOT_BITS) - 1)) as usize
 }

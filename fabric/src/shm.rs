@@ -23,6 +23,7 @@ mod ring;
 #[doc(hidden)]
 pub mod socket;
 
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -53,13 +54,16 @@ const STRANGER: u64 = 1 << 63;
 const CLOCK: u32 = 16;
 const LOOK: Duration = Duration::from_millis(1);
 
+/// The part of a handshake's time that is sure even when others wait.
+const GRACE: f64 = 0.02;
+
 /// How an shm transport treats strangers.
 #[derive(Clone, Debug)]
 pub struct ShmConfig {
     /// How long a handshake may take.
     pub handshake_timeout: Duration,
-    /// How many accepted connections may be in their handshake; beyond it the
-    /// oldest is closed.
+    /// How many accepted connections may be in their handshake; others wait,
+    /// and push the oldest out when it has had a fiftieth of its time.
     pub max_half_open: usize,
 }
 
@@ -85,6 +89,8 @@ pub struct ShmTransport {
     ready: Vec<u64>,
     polls: u32,
     looked: Instant,
+    /// The next poll looks at handshakes' deadlines.
+    late: bool,
     incidents: Incidents,
 }
 
@@ -117,6 +123,7 @@ impl ShmTransport {
             ready: Vec::with_capacity(64),
             polls: 0,
             looked: Instant::now(),
+            late: false,
             incidents: Incidents::default(),
         })
     }
@@ -127,14 +134,15 @@ impl ShmTransport {
     }
 
     /// Sees which sockets have something; sleeps for at most `timeout`.
-    fn look(&mut self, timeout: Duration) -> Result<()> {
+    fn see_ready(&mut self, timeout: Duration) -> Result<()> {
         let timeout = Timespec::try_from(timeout).map_err(|e| Error::os("waiting", e))?;
-        let mut events = Vec::with_capacity(64);
-        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&timeout)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        let mut events = [MaybeUninit::<epoll::Event>::uninit(); 128];
+        let events = match epoll::wait(&self.epoll, &mut events, Some(&timeout)) {
+            Ok((events, _)) => events,
+            Err(rustix::io::Errno::INTR) => return Ok(()),
             Err(e) => return Err(Error::os("waiting for sockets", e)),
-        }
-        for token in events.iter().map(|event: &epoll::Event| event.data.u64()) {
+        };
+        for token in events.iter().map(|event| event.data.u64()) {
             if token == WAKER {
                 let mut count = [0; 8];
                 let _ = rustix::io::read(&*self.wake, &mut count);
@@ -142,7 +150,6 @@ impl ShmTransport {
                 self.ready.push(token);
             }
         }
-        self.looked = Instant::now();
         Ok(())
     }
 
@@ -162,6 +169,7 @@ impl ShmTransport {
                 }
             }
         }
+        self.looked = Instant::now();
         let now = self.looked;
         let strangers = self.strangers.len();
         self.strangers.retain(|s| s.until > now);
@@ -181,21 +189,28 @@ impl ShmTransport {
     }
 
     fn accept(&mut self) {
-        while let Ok(socket) = socket::accept(&self.listener) {
+        let now = Instant::now();
+        loop {
+            // Those beyond the limit wait in the kernel, but not for long: the
+            // slow must not keep the others out.
+            if self.strangers.len() >= self.config.max_half_open.max(1) {
+                if self.strangers[0].until > now + self.config.handshake_timeout.mul_f64(1.0 - GRACE) {
+                    return;
+                }
+                self.strangers.remove(0);
+                self.incidents.stats.half_open_dropped += 1;
+                self.incidents.protocol("shm", "too many handshakes at once");
+            }
+            let Ok(socket) = socket::accept(&self.listener) else { return };
             self.incidents.stats.accepted += 1;
             let Some(socket) = socket else {
                 self.incidents.protocol("shm", "a process of another user");
                 continue;
             };
-            if self.strangers.len() >= self.config.max_half_open.max(1) {
-                self.strangers.remove(0);
-                self.incidents.stats.half_open_dropped += 1;
-                self.incidents.protocol("shm", "too many handshakes at once");
-            }
             self.met += 1;
             let token = STRANGER | self.met;
             if watch(&self.epoll, &socket, token).is_ok() {
-                let until = Instant::now() + self.config.handshake_timeout;
+                let until = now + self.config.handshake_timeout;
                 self.strangers.push(Stranger { socket, token, until });
                 // What it has to say is mostly there already.
                 self.ready.push(token);
@@ -353,10 +368,12 @@ impl Transport for ShmTransport {
             sink(event);
         };
         self.polls = self.polls.wrapping_add(1);
-        if self.polls.is_multiple_of(CLOCK) && self.looked.elapsed() >= LOOK {
-            self.look(Duration::ZERO)?;
-            self.attend(&mut sink);
-        } else if !self.ready.is_empty() {
+        let due = self.polls.is_multiple_of(CLOCK) && self.looked.elapsed() >= LOOK;
+        if due {
+            self.see_ready(Duration::ZERO)?;
+        }
+        if due || self.late || !self.ready.is_empty() {
+            self.late = false;
             self.attend(&mut sink);
         }
         for slot in 0..self.peers.slots() {
@@ -384,8 +401,9 @@ impl Transport for ShmTransport {
         } else {
             if greeting {
                 timeout = timeout.min(self.config.handshake_timeout);
+                self.late = true;
             }
-            self.look(timeout)
+            self.see_ready(timeout)
         };
         for (_, connection) in self.peers.iter_mut() {
             bell::get_up(&connection.bell().0);
@@ -407,3 +425,7 @@ impl Drop for ShmTransport {
         let _ = std::fs::remove_file(&self.path);
     }
 }
+
+#[cfg(test)]
+#[path = "shm/hostile.rs"]
+mod hostile;

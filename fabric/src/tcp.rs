@@ -7,13 +7,31 @@
 //! into its region. Every header is checked (kind, lengths, region, range,
 //! token, guard) before a byte lands; a peer that breaks the protocol loses
 //! its connection, the transport goes on and counts it in [`Stats`].
+//!
+//! With few connections a poll receives from each, which is what a spinning
+//! owner wants: nothing is faster than asking the socket itself. With more, it
+//! asks epoll which have something, once, and attends to those only; with very
+//! many ready at once, one io_uring submission receives for all of them.
+//! Measured with `examples/crowd.rs` (µs until a hub has heard one 64-byte
+//! message of each peer, two cores, dev profile):
+//!
+//! | peers | 8 | 16 | 64 | 256 |
+//! |---|---|---|---|---|
+//! | a call each | 3.0 | 5.9 | 23.6 | 105 |
+//! | io_uring | 3.2 | 5.9 | 22.5 | 99 |
+//!
+//! A poll that finds nothing takes 0.14 µs however many peers there are. Sleep
+//! is epoll's: it costs a spinning owner nothing per message, while an armed
+//! io_uring poll interrupts it at each arrival.
 
+mod batch;
 mod connection;
 #[doc(hidden)]
 pub mod handshake;
 mod io;
 mod outbox;
 
+use std::mem::MaybeUninit;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -29,6 +47,7 @@ use crate::regions::Regions;
 use crate::stats::{Incidents, Stats};
 use crate::{Access, Address, Error, Event, MAX_SEND, Memory, PeerId, RegionId, RemoteKey, Result, Transport};
 use crate::{Waker, Write};
+use batch::Batch;
 use connection::{Connection, Phase};
 
 const SCHEME: &str = "tcp://";
@@ -37,19 +56,34 @@ const SCHEME: &str = "tcp://";
 const WAKER: u64 = u64::MAX;
 const LISTENER: u64 = u64::MAX - 1;
 
+/// What epoll tells of a connection: once when something new is there, so that
+/// asking it costs nothing for those that have nothing new.
+const ARRIVALS: epoll::EventFlags = epoll::EventFlags::IN.union(epoll::EventFlags::RDHUP).union(epoll::EventFlags::ET);
+/// Told when the connection ends.
+const ENDS: epoll::EventFlags = epoll::EventFlags::RDHUP.union(epoll::EventFlags::HUP).union(epoll::EventFlags::ERR);
+
 /// A spinning owner looks at the clock this often, in polls, and at the listener
 /// and the handshakes' deadlines once this time has passed.
 const CLOCK: u32 = 16;
 const LOOK: Duration = Duration::from_millis(1);
+
+/// With up to this many connections a poll receives from each; with more it
+/// asks epoll first which have something.
+const FEW: usize = 4;
+
+/// The part of a handshake's time that is sure even when others wait.
+const GRACE: f64 = 0.02;
 
 /// How a tcp transport treats strangers.
 #[derive(Clone, Debug)]
 pub struct TcpConfig {
     /// How long a handshake may take.
     pub handshake_timeout: Duration,
-    /// How many accepted connections may be in their handshake; beyond it the
-    /// oldest is closed.
+    /// How many accepted connections may be in their handshake; others wait,
+    /// and push the oldest out when it has had a fiftieth of its time.
     pub max_half_open: usize,
+    /// Use io_uring where the kernel allows it.
+    pub io_uring: bool,
     /// `host:port` told to others instead of the bound address, where that is
     /// not how they reach us.
     pub advertise: Option<String>,
@@ -57,7 +91,7 @@ pub struct TcpConfig {
 
 impl Default for TcpConfig {
     fn default() -> Self {
-        Self { handshake_timeout: Duration::from_secs(5), max_half_open: 64, advertise: None }
+        Self { handshake_timeout: Duration::from_secs(5), max_half_open: 64, io_uring: true, advertise: None }
     }
 }
 
@@ -67,16 +101,26 @@ pub struct TcpTransport {
     address: Address,
     config: TcpConfig,
     regions: Regions,
-    peers: Peers<Connection>,
+    peers: Peers<Box<Connection>>,
     /// Accepted connections in their handshake, oldest first.
     half_open: Vec<PeerId>,
     epoll: OwnedFd,
     wake: Arc<OwnedFd>,
     polls: u32,
     looked: Instant,
-    /// The next poll looks at the listener.
+    /// The next poll looks at the listener, and at handshakes' deadlines.
     look: bool,
+    late: bool,
+    /// As many are in their handshake as may be: the listener is not watched.
+    full: bool,
     incidents: Incidents,
+    /// Batched receives, where the kernel allows them.
+    batch: Option<Batch>,
+    /// Connections that a poll in a crowd has to attend to.
+    active: Vec<PeerId>,
+    /// Kept for their memory.
+    work: Vec<(PeerId, Box<Connection>)>,
+    received: Vec<std::io::Result<usize>>,
 }
 
 impl TcpTransport {
@@ -89,6 +133,7 @@ impl TcpTransport {
             Some(name) => name.clone(),
             None => listener.local_addr().map_err(os)?.to_string(),
         };
+        let batch = if config.io_uring { Batch::new() } else { None };
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| Error::os("making an epoll", e))?;
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let wake = Arc::new(eventfd(0, flags).map_err(|e| Error::os("making an eventfd", e))?);
@@ -108,7 +153,13 @@ impl TcpTransport {
             polls: 0,
             looked: Instant::now(),
             look: true,
+            late: false,
             incidents: Incidents::default(),
+            full: false,
+            batch,
+            received: Vec::new(),
+            active: Vec::new(),
+            work: Vec::new(),
         })
     }
 
@@ -118,33 +169,128 @@ impl TcpTransport {
     }
 
     fn add(&mut self, connection: Connection) -> Result<PeerId> {
-        let peer = self.peers.insert(connection)?;
+        let peer = self.peers.insert(Box::new(connection))?;
         let socket = &self.peers.get_mut(peer)?.socket;
-        let watched = epoll::add(&self.epoll, socket, epoll::EventData::new_u64(peer.0), epoll::EventFlags::IN);
+        let watched = epoll::add(&self.epoll, socket, epoll::EventData::new_u64(peer.0), ARRIVALS);
         if let Err(e) = watched {
             self.peers.remove(peer);
             return Err(Error::os("watching a socket", e));
         }
+        self.active.push(peer);
         Ok(peer)
     }
 
-    /// Takes in strangers, and drops those whose time is up.
-    fn housekeeping(&mut self, sink: &mut dyn FnMut(Event<'_>)) {
-        while let Ok((stream, _)) = self.listener.accept() {
-            self.incidents.stats.accepted += 1;
-            let until = Instant::now() + self.config.handshake_timeout;
-            let ready = stream.set_nonblocking(true).and_then(|()| stream.set_nodelay(true));
-            if ready.is_err() {
-                continue;
+    /// Asks epoll which sockets have something; sleeps for at most `timeout`.
+    fn see_ready(&mut self, timeout: Duration) -> Result<()> {
+        let timeout = Timespec::try_from(timeout).map_err(|e| Error::os("waiting", e))?;
+        let mut events = [MaybeUninit::<epoll::Event>::uninit(); 128];
+        let events = match epoll::wait(&self.epoll, &mut events, Some(&timeout)) {
+            Ok((events, _)) => events,
+            Err(rustix::io::Errno::INTR) => return Ok(()),
+            Err(e) => return Err(Error::os("waiting for sockets", e)),
+        };
+        for event in &*events {
+            match event.data.u64() {
+                LISTENER => self.look = true,
+                WAKER => {
+                    let mut count = [0; 8];
+                    let _ = rustix::io::read(&*self.wake, &mut count);
+                }
+                peer => {
+                    if let Ok(connection) = self.peers.get_mut(PeerId(peer)) {
+                        connection.ready = true;
+                        let flags = event.flags;
+                        connection.ending |= flags.intersects(ENDS);
+                        if connection.must_list() {
+                            self.active.push(PeerId(peer));
+                        }
+                    }
+                }
             }
+        }
+        Ok(())
+    }
+
+    /// Attends to those of many connections that have something to do. What is
+    /// ready is received in one system call where io_uring allows it.
+    fn attend(&mut self, sink: &mut dyn FnMut(Event<'_>)) {
+        for peer in self.active.drain(..) {
+            self.work.extend(self.peers.take(peer).map(|connection| (peer, connection)));
+        }
+        fn ready(work: &mut [(PeerId, Box<Connection>)]) -> impl Iterator<Item = &mut Box<Connection>> {
+            work.iter_mut().map(|(_, connection)| connection).filter(|c| c.ready && c.takes_batch())
+        }
+        if let Some(batch) = &mut self.batch
+            && ready(&mut self.work).nth(batch::WORTH - 1).is_some()
+        {
+            let outcome = batch.receive(ready(&mut self.work).map(|c| c.window()), &mut self.received);
+            for (connection, result) in ready(&mut self.work).zip(self.received.drain(..)) {
+                connection.received = Some(result);
+            }
+            if let Err(e) = outcome {
+                tracing::warn!(error = %e, "io_uring failed; going on without it");
+                self.batch = None;
+            }
+        }
+        let mut work = std::mem::take(&mut self.work);
+        for (peer, mut connection) in work.drain(..) {
+            match advance(peer, &mut connection, &self.regions, &mut self.half_open, sink) {
+                Ok(()) => {
+                    if connection.stays_listed() {
+                        self.active.push(peer);
+                    }
+                    self.peers.put(peer, connection);
+                }
+                Err(reason) => {
+                    self.peers.release(peer);
+                    self.end(peer, &connection, reason, sink);
+                }
+            }
+        }
+        self.work = work;
+    }
+
+    /// Takes in strangers.
+    fn accept(&mut self, sink: &mut dyn FnMut(Event<'_>)) -> Result<()> {
+        let now = Instant::now();
+        loop {
+            // Those beyond the limit wait in the kernel, but not for long: the
+            // slow must not keep the others out.
             if self.half_open.len() >= self.config.max_half_open.max(1) {
-                self.close(self.half_open[0], Error::Protocol("too many handshakes at once".into()), sink);
+                let oldest = self.half_open[0];
+                let patience = self.config.handshake_timeout.mul_f64(1.0 - GRACE);
+                if matches!(self.peers.get_mut(oldest)?.phase, Phase::Greeting { until } if until > now + patience) {
+                    self.look = true;
+                    return self.watch_listener(false);
+                }
+                self.close(oldest, Error::Protocol("too many handshakes at once".into()), sink);
             }
-            if let Ok(peer) = self.add(Connection::new(stream.into(), None, &[], until)) {
+            let Ok((stream, _)) = self.listener.accept() else { return self.watch_listener(true) };
+            self.incidents.stats.accepted += 1;
+            let ready = stream.set_nonblocking(true).and_then(|()| stream.set_nodelay(true));
+            if ready.is_ok() {
+                let until = now + self.config.handshake_timeout;
+                let peer = self.add(Connection::new(stream.into(), None, &[], until))?;
                 self.half_open.push(peer);
             }
         }
-        let now = Instant::now();
+    }
+
+    /// Lets new connections end a wait, or not.
+    fn watch_listener(&mut self, watch: bool) -> Result<()> {
+        if self.full == watch {
+            self.full = !watch;
+            let flags = if watch { epoll::EventFlags::IN } else { epoll::EventFlags::empty() };
+            epoll::modify(&self.epoll, &self.listener, epoll::EventData::new_u64(LISTENER), flags)
+                .map_err(|e| Error::os("watching a socket", e))?;
+        }
+        Ok(())
+    }
+
+    /// Drops those whose handshake's time is up.
+    fn expire(&mut self, sink: &mut dyn FnMut(Event<'_>)) {
+        let now = self.looked;
+        self.active.retain(|peer| self.peers.get(*peer).is_some());
         for slot in 0..self.peers.slots() {
             if let Some((peer, connection)) = self.peers.at(slot)
                 && let Phase::Greeting { until } = connection.phase
@@ -161,7 +307,12 @@ impl TcpTransport {
 
     /// Drops a connection and tells whoever may know of it.
     fn close(&mut self, peer: PeerId, reason: Error, sink: &mut dyn FnMut(Event<'_>)) {
-        let Some(connection) = self.peers.remove(peer) else { return };
+        if let Some(connection) = self.peers.remove(peer) {
+            self.end(peer, &connection, reason, sink);
+        }
+    }
+
+    fn end(&mut self, peer: PeerId, connection: &Connection, reason: Error, sink: &mut dyn FnMut(Event<'_>)) {
         if let Error::Protocol(cause) = &reason {
             self.incidents.protocol("tcp", cause);
         }
@@ -173,6 +324,25 @@ impl TcpTransport {
             sink(Event::Closed { peer, reason });
         }
     }
+}
+
+/// Moves one connection along; the error is why it has to be closed.
+fn advance(
+    peer: PeerId,
+    connection: &mut Connection,
+    regions: &Regions,
+    half_open: &mut Vec<PeerId>,
+    sink: &mut dyn FnMut(Event<'_>),
+) -> Result<()> {
+    if connection.has_output() {
+        connection.flush();
+    }
+    let was = connection.phase;
+    let received = connection.receive(peer, regions, sink);
+    if was != connection.phase {
+        half_open.retain(|p| *p != peer);
+    }
+    received
 }
 
 fn resolve(address: &Address) -> Result<SocketAddr> {
@@ -233,7 +403,12 @@ impl Transport for TcpTransport {
         if payload.len() > MAX_SEND {
             return Err(Error::TooLong(payload.len()));
         }
-        self.peers.get_mut(peer)?.send(peer, payload)
+        let connection = self.peers.get_mut(peer)?;
+        connection.send(peer, payload)?;
+        if connection.needs_attention() && connection.must_list() {
+            self.active.push(peer);
+        }
+        Ok(())
     }
 
     fn write(&mut self, peer: PeerId, write: Write<'_>) -> Result<()> {
@@ -247,7 +422,11 @@ impl Transport for TcpTransport {
             len: write.len,
             notify: write.notify,
         };
-        connection.write(peer, &self.regions, &write, &frame)
+        connection.write(peer, &self.regions, &write, &frame)?;
+        if connection.needs_attention() && connection.must_list() {
+            self.active.push(peer);
+        }
+        Ok(())
     }
 
     fn pending(&self, peer: PeerId) -> usize {
@@ -261,22 +440,27 @@ impl Transport for TcpTransport {
             sink(event);
         };
         self.polls = self.polls.wrapping_add(1);
-        if self.look || (self.polls.is_multiple_of(CLOCK) && self.looked.elapsed() >= LOOK) {
-            self.look = false;
+        let due = self.polls.is_multiple_of(CLOCK) && self.looked.elapsed() >= LOOK;
+        let few = self.peers.len() <= FEW;
+        if due || !few {
+            self.see_ready(Duration::ZERO)?;
+        }
+        if due || self.late {
+            self.late = false;
             self.looked = Instant::now();
-            self.housekeeping(&mut sink);
+            self.expire(&mut sink);
+        }
+        if self.look {
+            self.look = false;
+            self.accept(&mut sink)?;
+        }
+        if !few {
+            self.attend(&mut sink);
+            return Ok(events);
         }
         for slot in 0..self.peers.slots() {
             let Some((peer, connection)) = self.peers.at(slot) else { continue };
-            if connection.has_output() {
-                connection.flush();
-            }
-            let was = connection.phase;
-            let received = connection.receive(peer, &self.regions, &mut sink);
-            if was != connection.phase {
-                self.half_open.retain(|p| *p != peer);
-            }
-            if let Err(reason) = received {
+            if let Err(reason) = advance(peer, connection, &self.regions, &mut self.half_open, &mut sink) {
                 self.close(peer, reason, &mut sink);
             }
         }
@@ -286,37 +470,23 @@ impl Transport for TcpTransport {
     fn wait(&mut self, mut timeout: Duration) -> Result<()> {
         let mut greeting = false;
         for (peer, connection) in self.peers.iter_mut() {
+            if connection.ready || connection.is_unfinished() {
+                return Ok(());
+            }
             greeting |= connection.phase != Phase::Open;
             let writable = connection.has_output();
             if writable != connection.told_writable {
-                let out = if writable { epoll::EventFlags::OUT } else { epoll::EventFlags::empty() };
-                let flags = epoll::EventFlags::IN | out;
+                let flags = if writable { ARRIVALS | epoll::EventFlags::OUT } else { ARRIVALS };
                 epoll::modify(&self.epoll, &connection.socket, epoll::EventData::new_u64(peer.0), flags)
                     .map_err(|e| Error::os("watching a socket", e))?;
                 connection.told_writable = writable;
             }
         }
         if greeting {
-            timeout = timeout.min(self.config.handshake_timeout);
-            self.look = true;
+            timeout = timeout.min(self.config.handshake_timeout.mul_f64(if self.full { GRACE } else { 1.0 }));
+            self.late = true;
         }
-        let timeout = Timespec::try_from(timeout).map_err(|e| Error::os("waiting", e))?;
-        let mut ready = Vec::with_capacity(16);
-        match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut ready), Some(&timeout)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(e) => return Err(Error::os("waiting for sockets", e)),
-        }
-        for event in &ready {
-            match event.data.u64() {
-                LISTENER => self.look = true,
-                WAKER => {
-                    let mut count = [0; 8];
-                    let _ = rustix::io::read(&*self.wake, &mut count);
-                }
-                _ => {}
-            }
-        }
-        Ok(())
+        self.see_ready(timeout)
     }
 
     fn waker(&self) -> Waker {

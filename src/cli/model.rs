@@ -237,3 +237,62 @@ fn bytes(n: u64) -> String {
     }
     if unit == 0 { format!("{n} B") } else { format!("{value:.1} {}", UNITS[unit]) }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, Parser};
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn command(words: &[&str]) -> anyhow::Result<()> {
+        run(Cli::try_parse_from([&["distkv"], words].concat())?.args)
+    }
+
+    #[test]
+    fn synth_writes_what_inspect_reads() {
+        Cli::command().debug_assert();
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name).display().to_string();
+        let config = json!({
+            "model_type": "mistral", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 64,
+            "sliding_window": 16
+        });
+        std::fs::write(at("config.json"), config.to_string()).unwrap();
+        command(&["synth", "--config", &at("config.json"), "--dtype", "f16", "--out", &at("a")]).unwrap();
+        command(&["inspect", &at("a")]).unwrap();
+        let report = inspect(&load::open(Path::new(&at("a"))).unwrap());
+        assert_eq!(report["family"], "mistral");
+        assert_eq!(report["sliding_layers"], 2);
+        assert_eq!(report["kv_bytes_per_token"], 2 * 2 * 2 * 8 * 2);
+        assert_eq!(report["weight_bytes"], report["weights"]["f16"]["bytes"]);
+        assert_eq!(report["parameters"].as_u64().unwrap() * 2, report["weight_bytes"].as_u64().unwrap());
+        assert_eq!((&report["tokenizer"], &report["chat_template"]), (&json!(300), &json!(true)));
+
+        command(&["synth", "--config", &at("config.json"), "--out", &at("b"), "--tokenizer", &at("a")]).unwrap();
+        assert_eq!(std::fs::read(at("a/tokenizer.json")).unwrap(), std::fs::read(at("b/tokenizer.json")).unwrap());
+    }
+
+    #[test]
+    fn wrong_arguments_say_what_is_wrong() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().display().to_string();
+        let said = |words: &[&str]| command(words).unwrap_err().to_string();
+        assert!(said(&["synth", "--shape", "gpt-9", "--out", &out]).contains("bench-125m"));
+        assert!(said(&["synth", "--out", &out]).contains("--config"));
+        assert!(said(&["synth", "--config", "no-such-file", "--out", &out]).contains("no-such-file"));
+        assert!(said(&["inspect", "no-such-model"]).contains("no-such-model"));
+    }
+
+    #[test]
+    fn numbers_are_for_people() {
+        assert_eq!([bytes(10), bytes(1536), bytes(5 << 30)], ["10 B", "1.5 KiB", "5.0 GiB"]);
+        assert_eq!([count(999), count(134_515_008), count(8_030_261_248)], ["999", "134.5M", "8.03B"]);
+    }
+}

@@ -15,268 +15,19 @@ use std::time::Duration;
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use serde::{Deserialize, Serialize};
 
+pub use super::config::{Config, ConfigError};
 use super::debts::{Ask, Debts, Progress};
 pub use super::debts::{BorrowError, Loan};
+pub use super::event::{ControlStats, Input, LocalStats, Note, Output};
 use super::ledger::{InstanceEntry, Ledger, LinkEntry, LoanEntry, id};
 use super::membership::{Greeting, Membership, Rejection, Timing};
-use super::message::{
-    Hello, LedgerRow, MAX_ADDRESS, MAX_ADDRESSES, MAX_PEERS, MAX_RENEWALS, Message, Refusal, Service, Tier, TierRow,
-};
+use super::message::{Hello, LedgerRow, MAX_PEERS, MAX_RENEWALS, Message, Service, TierRow};
 use super::rmanager::RManager;
-use crate::kv::rblock::{InstanceId, LoanId};
+use crate::kv::rblock::InstanceId;
 
 /// Loans are announced this long after the heartbeat before, at the earliest.
 const SOON: Duration = Duration::from_millis(20);
-
-/// What a controller is told at its start.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// Who this instance is.
-    pub hello: Hello,
-    /// Control addresses to join at.
-    pub join: Vec<String>,
-    /// Tier of the instance's pool.
-    pub tier: Tier,
-    /// Time between heartbeats.
-    pub heartbeat: Duration,
-    /// A member silent for this long is lost.
-    pub lost_after: Duration,
-    /// A connection without a Hello after this long is closed.
-    pub hello_timeout: Duration,
-    /// A creditor that does not answer for this long has refused.
-    pub ask_timeout: Duration,
-    /// First and longest wait before an address is dialed again.
-    pub redial: (Duration, Duration),
-    /// Time between introductions of everybody to everybody.
-    pub introduce: Duration,
-}
-
-impl Config {
-    /// The usual times.
-    pub fn new(hello: Hello, join: Vec<String>) -> Self {
-        let ms = Duration::from_millis;
-        Self {
-            hello,
-            join,
-            tier: Tier::Host,
-            heartbeat: ms(200),
-            lost_after: ms(2000),
-            hello_timeout: ms(2000),
-            ask_timeout: ms(1000),
-            redial: (ms(50), ms(2000)),
-            introduce: ms(2000),
-        }
-    }
-
-    fn check(&self) -> Result<(), ConfigError> {
-        let hello = &self.hello;
-        for list in [&hello.control, &hello.creditor] {
-            if list.len() > MAX_ADDRESSES {
-                return Err(ConfigError::Addresses(list.len()));
-            }
-        }
-        let addresses = hello.control.iter().chain(&hello.creditor).chain(&self.join).chain([&hello.http]);
-        match addresses.into_iter().find(|address| address.len() > MAX_ADDRESS) {
-            Some(address) => Err(ConfigError::Address(address.clone())),
-            None if self.heartbeat.is_zero() || self.lost_after <= self.heartbeat => Err(ConfigError::Times),
-            None => Ok(()),
-        }
-    }
-}
-
-/// A configuration that no controller can run with.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ConfigError {
-    /// Too many addresses.
-    #[error("{0} addresses of one endpoint: give at most {MAX_ADDRESSES}")]
-    Addresses(usize),
-    /// An address is too long.
-    #[error("the address {0:?} is longer than {MAX_ADDRESS} bytes")]
-    Address(String),
-    /// Times that contradict each other.
-    #[error("a member must be allowed to be silent for longer than one heartbeat")]
-    Times,
-}
-
-/// The engine's share of the instance's ledger row.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct LocalStats {
-    /// Requests in the batch.
-    pub running: u32,
-    /// Requests in the queue.
-    pub waiting: u32,
-}
-
-/// What happens to a controller. Connections are named by the driver and never
-/// named alike twice.
-#[derive(Clone, Copy, Debug)]
-pub enum Input<'a> {
-    /// A connection asked for by [`Output::Connect`] is open.
-    PeerConnected {
-        /// Its name from now on.
-        conn: u64,
-        /// As it was asked for.
-        address: &'a str,
-    },
-    /// One that was asked for did not come about.
-    ConnectFailed {
-        /// As it was asked for.
-        address: &'a str,
-    },
-    /// A peer connected to us.
-    PeerAccepted {
-        /// Its name from now on.
-        conn: u64,
-    },
-    /// A message; untrusted.
-    PeerMessage {
-        /// From where.
-        conn: u64,
-        /// What.
-        bytes: &'a [u8],
-    },
-    /// A connection is gone. Not told of those closed by
-    /// [`Output::Disconnect`] (harmless if it is).
-    PeerClosed {
-        /// Which.
-        conn: u64,
-    },
-    /// The engine needs blocks elsewhere; ends in [`Output::Granted`] or
-    /// [`Output::Refused`].
-    Borrow {
-        /// For this request.
-        request: u64,
-        /// So many.
-        blocks: u32,
-    },
-    /// A request needs none of its loans any more, nor the borrowing that may
-    /// be under way.
-    RepayRequest {
-        /// Which.
-        request: u64,
-    },
-    /// One loan is not needed any more.
-    RepayLoan {
-        /// From whom.
-        creditor: InstanceId,
-        /// Which.
-        loan: LoanId,
-    },
-    /// The engine's figures.
-    LocalRow(LocalStats),
-    /// Time has passed.
-    Tick,
-    /// Take nothing new; see [`Output::Drained`].
-    Drain,
-    /// Say goodbye and close every connection.
-    Leave,
-}
-
-/// What a controller wants done.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Output {
-    /// Connect to a control address.
-    Connect {
-        /// Where.
-        address: String,
-    },
-    /// Send a message, in order.
-    Send {
-        /// Where to.
-        conn: u64,
-        /// What.
-        bytes: Vec<u8>,
-    },
-    /// Close a connection.
-    Disconnect {
-        /// Which.
-        conn: u64,
-    },
-    /// A borrowing went well.
-    Granted {
-        /// For this request.
-        request: u64,
-        /// Together as many blocks as asked for; by creditor and loan.
-        loans: Vec<Loan>,
-    },
-    /// A borrowing did not; nothing of it is held.
-    Refused {
-        /// For this request.
-        request: u64,
-        /// Why.
-        reason: BorrowError,
-    },
-    /// Loans that were [granted](Output::Granted) are gone, and with them the
-    /// KV in their blocks.
-    LoansLost {
-        /// Which.
-        loans: Vec<Loan>,
-    },
-    /// A member whose memory may be borrowed is there.
-    CreditorUp {
-        /// Who.
-        instance: InstanceId,
-        /// Names its host.
-        host: u64,
-        /// Where its creditor is reached, best first.
-        endpoints: Vec<String>,
-    },
-    /// It is gone. Its loans follow as [`Output::LoansLost`].
-    CreditorDown {
-        /// Who.
-        instance: InstanceId,
-    },
-    /// For the log.
-    Note(Note),
-    /// Draining is done: nothing is lent or borrowed.
-    Drained,
-}
-
-/// Things worth a line in the log.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Note {
-    /// A member is up.
-    Up(InstanceId),
-    /// A member is down, and why.
-    Down(InstanceId, &'static str),
-    /// A connection was closed for what came over it.
-    Dropped {
-        /// Which.
-        conn: u64,
-        /// Why.
-        reason: String,
-    },
-    /// A creditor refused.
-    CreditorRefused(InstanceId, Refusal),
-    /// A debtor's loan ended without being repaid.
-    Lapsed {
-        /// Whose.
-        debtor: InstanceId,
-        /// Which.
-        loan: LoanId,
-        /// Blocks freed.
-        blocks: u32,
-    },
-}
-
-/// Figures since the start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ControlStats {
-    /// Messages that were none, or out of place; their connections were closed.
-    pub garbage: u64,
-    /// Hellos of another cluster.
-    pub foreign: u64,
-    /// Loans given.
-    pub granted: u64,
-    /// Asks refused as creditor.
-    pub refused: u64,
-    /// Loans given that ended without being repaid.
-    pub lapsed: u64,
-    /// Loans taken that were lost.
-    pub lost: u64,
-}
 
 /// One instance's control plane.
 pub struct Controller {
@@ -288,6 +39,8 @@ pub struct Controller {
     stats: ControlStats,
     local: LocalStats,
     seq: u64,
+    /// When it was called last.
+    last: Duration,
     beat_last: Duration,
     beat_next: Duration,
     introduce_next: Duration,
@@ -317,6 +70,7 @@ impl Controller {
             stats: ControlStats::default(),
             local: LocalStats::default(),
             seq: 0,
+            last: Duration::ZERO,
             beat_last: Duration::ZERO,
             beat_next: Duration::ZERO,
             introduce_next: Duration::ZERO,
@@ -328,6 +82,7 @@ impl Controller {
 
     /// Takes in one input at `now`, the time since any fixed moment.
     pub fn handle(&mut self, now: Duration, input: Input<'_>) {
+        self.forgive(now);
         match input {
             Input::PeerConnected { conn, address } => {
                 self.membership.connected(now, conn, address);
@@ -450,7 +205,7 @@ impl Controller {
             (Some(_), Message::Hello(_)) => self.garbage(now, conn, "a second Hello".into()),
             (Some(from), message) => {
                 self.membership.heard(now, conn);
-                self.from_member(now, conn, from, message);
+                self.member_says(now, conn, from, message);
             }
         }
     }
@@ -489,10 +244,10 @@ impl Controller {
             }
         }
         self.introduce(conn, instance);
-        self.beat(conn, instance);
+        self.beat(conn, instance, &self.row());
     }
 
-    fn from_member(&mut self, now: Duration, conn: u64, from: InstanceId, message: Message) {
+    fn member_says(&mut self, now: Duration, conn: u64, from: InstanceId, message: Message) {
         match message {
             Message::Hello(_) => {}
             Message::Heartbeat { seq, row, loans } => {
@@ -728,6 +483,17 @@ impl Controller {
 
     // ---- time -----------------------------------------------------------------
 
+    /// Whoever was not called for so long (stopped, starved, suspended) has
+    /// heard nobody, and must not conclude that nobody spoke.
+    fn forgive(&mut self, now: Duration) {
+        let gap = now.saturating_sub(self.last);
+        if gap > self.config.heartbeat * 2 && self.last > Duration::ZERO {
+            self.membership.prolong(gap);
+            self.rmanager.prolong(gap);
+        }
+        self.last = now;
+    }
+
     fn maintain(&mut self, now: Duration) {
         if self.left {
             return;
@@ -753,7 +519,8 @@ impl Controller {
             self.beat_last = now;
             self.beat_next = now + self.config.heartbeat;
             self.seq += 1;
-            self.for_members(Self::beat);
+            let row = self.row();
+            self.for_members(|this, conn, instance| this.beat(conn, instance, &row));
         }
         if self.introduce_next <= now {
             self.introduce_next = now + self.config.introduce;
@@ -779,12 +546,12 @@ impl Controller {
         self.beat_next = self.beat_next.min(self.beat_last + SOON);
     }
 
-    fn beat(&mut self, conn: u64, to: InstanceId) {
+    fn beat(&mut self, conn: u64, to: InstanceId, row: &LedgerRow) {
         let renewals = self.debts.renewals(to);
         let mut rest = renewals.as_slice();
         loop {
             let (part, after) = rest.split_at(rest.len().min(MAX_RENEWALS));
-            self.send(conn, &Message::Heartbeat { seq: self.seq, row: self.row(), loans: part.to_vec() });
+            self.send(conn, &Message::Heartbeat { seq: self.seq, row: row.clone(), loans: part.to_vec() });
             rest = after;
             if rest.is_empty() {
                 break;

@@ -248,6 +248,14 @@ impl Membership {
         }
     }
 
+    /// Counts `gap`, in which this instance was not running, for no silence.
+    pub fn prolong(&mut self, gap: Duration) {
+        for link in self.links.values_mut() {
+            link.heard += gap;
+            link.opened += gap;
+        }
+    }
+
     /// A connection is gone, or is being closed: forgets it. Says whether its
     /// member was only reached by it, and so is down.
     pub fn closed(&mut self, now: Duration, conn: u64) -> Option<InstanceId> {

@@ -1,10 +1,16 @@
 //! The control plane, sans-IO: membership, the ledger, lending and borrowing.
 //! No socket, clock, thread or unseeded chance is in here, so the same code
 //! runs in a node and, thousands of seeds a night, in a simulator.
+//!
+//! [`controller`] joins the rest: [`membership`] (who is there),
+//! [`rmanager`] (what this instance lends), [`debts`] (what it borrows),
+//! [`message`] (what is said), [`ledger`] (what people see).
 
 mod codec;
+mod config;
 pub mod controller;
 pub mod debts;
+mod event;
 pub mod ledger;
 pub mod membership;
 pub mod message;

@@ -49,10 +49,11 @@ pub struct LoanRecord {
 /// not once a layer: this takes locks, [`RBlockTable::visible`] does not.
 ///
 /// A loan may end while a query over it is being answered. Check `visible`
-/// before *and after* reading the blocks: if it holds after, the bytes were the
-/// loan's all the time (a loan's id never returns).
+/// before reading the blocks and [`RBlockTable::was_visible`] after: if that
+/// holds, the bytes were the loan's all the time (a loan's id never returns).
 ///
 /// [`RBlockTable::visible`]: crate::kv::table::RBlockTable::visible
+/// [`RBlockTable::was_visible`]: crate::kv::table::RBlockTable::was_visible
 #[derive(Default)]
 pub struct LentPool {
     current: RwLock<Option<Arc<KvPool>>>,
@@ -279,6 +280,12 @@ impl RManager {
     /// Ends the loans whose lease is over, and says which.
     pub fn expire(&mut self, now: Duration) -> Vec<Arc<LoanRecord>> {
         self.end_where(|lent| lent.until <= now)
+    }
+
+    /// Prolongs every lease by `gap`, in which this instance was not running and
+    /// could hear no renewal.
+    pub fn prolong(&mut self, gap: Duration) {
+        self.loans.values_mut().for_each(|lent| lent.until += gap);
     }
 
     /// Ends the loans of a debtor that is gone, and says which.

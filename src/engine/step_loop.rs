@@ -331,7 +331,10 @@ where
                 }
                 self.opening.push((seq, loans.into_iter().map(|g| g.loan).collect()));
             }
-            Command::Refused { seq, reason } => self.scheduler.refused(seq, &reason),
+            Command::Refused { seq, reason } => {
+                tracing::debug!(seq, reason, "a loan was refused");
+                self.scheduler.refused(seq, &reason);
+            }
             Command::CreditorLost { creditor, reason } => {
                 self.debtor.close(creditor);
                 self.lose(&[(creditor, reason)]);
@@ -445,6 +448,7 @@ where
 
     fn handle_asks(&mut self) {
         for ask in self.scheduler.drain_asks() {
+            tracing::debug!(?ask, "the scheduler asks");
             match ask {
                 Ask::Borrow { seq, blocks } => self.treasury.borrow_blocks(seq, blocks),
                 Ask::Repay(loan) => self.treasury.repay(&loan),

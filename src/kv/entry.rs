@@ -75,6 +75,7 @@ pub struct Entry {
 }
 
 impl Entry {
+    #[inline]
     pub(super) const fn pack(self) -> u64 {
         let state = match self.state {
             State::Free => 0u64,
@@ -93,6 +94,7 @@ impl Entry {
         state << STATE_SHIFT | (self.generation as u64) << GENERATION_SHIFT | payload
     }
 
+    #[inline]
     pub(super) const fn unpack(word: u64) -> Self {
         let generation = (word >> GENERATION_SHIFT) as u32 & GENERATION_MASK;
         let state = match word >> STATE_SHIFT {
@@ -116,11 +118,13 @@ impl Entry {
     }
 
     /// The entry of a block freed `generation` times.
+    #[inline]
     pub(super) const fn free(generation: u32) -> Self {
         Self { generation: generation & GENERATION_MASK, state: State::Free, owner: None, refs: 0 }
     }
 
     /// The loan that has the block, if one has.
+    #[inline]
     pub const fn loan(&self) -> Option<LoanId> {
         match self.owner {
             Some(Owner::Loan(loan)) => Some(loan),

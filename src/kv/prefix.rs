@@ -97,8 +97,7 @@ impl PrefixCache {
     }
 
     /// Blocks that nobody else holds, counted one by one: as many as
-    /// [`evict`](Self::evict) can free, unless somebody holds a block without
-    /// those before it.
+    /// [`evict`](Self::evict) can free.
     pub fn evictable(&self, table: &RBlockTable) -> usize {
         self.nodes.values().filter(|n| table.entry(n.block.index).is_some_and(|e| e.refs == 1)).count()
     }
@@ -156,7 +155,60 @@ impl PrefixCache {
 
     /// Frees up to `n` blocks that nobody else holds, least recently used ends
     /// of prefixes first; returns how many.
+    ///
+    /// A block may be held by nobody else although one after it is: a sequence
+    /// has moved the earlier one to a creditor. Where ends of prefixes do not
+    /// suffice, such a block goes, and with it what follows it leaves the cache:
+    /// without it that could not be found any more.
     pub fn evict(&mut self, table: &RBlockTable, n: usize) -> usize {
+        let freed = self.evict_leaves(table, n);
+        if freed < n { freed + self.evict_inner(table, n - freed) } else { freed }
+    }
+
+    fn evict_inner(&mut self, table: &RBlockTable, n: usize) -> usize {
+        let sole = |node: &Node| table.entry(node.block.index).is_some_and(|e| e.refs == 1);
+        let mut roots: Vec<_> = self.nodes.iter().filter(|(_, v)| sole(v)).map(|(&k, v)| (v.used, k)).collect();
+        if roots.is_empty() {
+            return 0;
+        }
+        roots.sort_unstable();
+        let mut children: HashMap<BlockHash, Vec<BlockHash>> = HashMap::new();
+        for (&name, node) in &self.nodes {
+            children.entry(node.parent).or_default().push(name);
+        }
+        let mut freed = 0;
+        for (_, root) in roots {
+            if freed >= n {
+                break;
+            }
+            if let Some(node) = self.nodes.get(&root) {
+                self.orphan(node.parent);
+            }
+            let mut subtree = vec![root];
+            while let Some(name) = subtree.pop() {
+                subtree.extend(children.get(&name).into_iter().flatten());
+                let Some(node) = self.nodes.remove(&name) else { continue };
+                self.leaves.remove(&(node.used, name));
+                match table.release(node.block) {
+                    Ok(last) => freed += usize::from(last),
+                    Err(error) => debug_assert!(false, "prefix cache: {error}"),
+                }
+            }
+        }
+        freed
+    }
+
+    /// A node has lost a child.
+    fn orphan(&mut self, parent: BlockHash) {
+        if let Some(above) = self.nodes.get_mut(&parent) {
+            above.children -= 1;
+            if above.children == 0 {
+                self.leaves.insert((above.used, parent));
+            }
+        }
+    }
+
+    fn evict_leaves(&mut self, table: &RBlockTable, n: usize) -> usize {
         let mut freed = 0;
         let mut after = None;
         while freed < n {

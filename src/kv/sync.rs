@@ -3,12 +3,13 @@
 //! `tests/loom_table.rs` and `tests/shuttle_table.rs`).
 
 pub use std::hint::spin_loop;
-pub use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+pub use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 /// Parts of the free list.
 pub const SHARDS: usize = 8;
 
 /// The calling thread's part of the free list, below [`SHARDS`].
+#[inline]
 pub fn home() -> usize {
     use std::cell::Cell;
 

@@ -7,22 +7,23 @@
 //! Free ─ reserve → Reserved → Filling → Live → Free      a debtor's loan
 //! ```
 //!
-//! Free blocks are stacks threaded through `next`, each head tagged so that a
+//! Free blocks are stacks threaded through `links`, each head tagged so that a
 //! head seen before a pause is never mistaken for the same head after. There
 //! are several, and a thread begins at its own: with one for all, its cache
-//! line was most of an allocation's cost (see `benches/RESULTS.md`). No lock,
-//! no hash, no allocation; a block's bytes are touched only by whoever the
-//! entry names, so nothing needs to be reclaimed later.
+//! line was most of an allocation's cost (`benches/table.rs`). No lock, no
+//! hash, no allocation; a block's bytes are touched only by whoever the entry
+//! names, so nothing needs to be reclaimed later.
 //!
-//! Two orders carry the proof. *Freeing*: entry to Free (one caller wins) →
-//! push → count up. *Allocating*: count down → pop → entry to its new state.
-//! So a stack's count never promises a block that is not on it, and taking
-//! `n` is all or nothing: whoever got the counts gets the blocks.
+//! A free block's link also says how many blocks lie from it downwards, so a
+//! stack needs no counter beside its head, and an allocation is one
+//! compare-and-swap. The order that carries the proof: *freeing* turns the
+//! entry Free (one caller wins), then pushes; *allocating* pops, then gives the
+//! entry its new state. Between the two the block is that one caller's.
 
 pub use super::entry::{BlockRef, Owner, State, TableError};
 use super::entry::{Entry, GENERATION_MASK, MAX_REFS};
 use super::rblock::{BlockIndex, LoanId};
-use super::sync::{AtomicU32, AtomicU64, Ordering, SHARDS, home, spin_loop};
+use super::sync::{AtomicU32, AtomicU64, Ordering, SHARDS, fence, home, spin_loop};
 
 /// End of the free list.
 const NIL: u32 = u32::MAX;
@@ -30,7 +31,7 @@ const NIL: u32 = u32::MAX;
 const POP_AT_ONCE: u32 = 64;
 /// How often an allocation of several blocks tries to put them together while
 /// others, which may also be short, hold what it lacks.
-const CLAIM_TRIES: u32 = 16;
+const TAKE_TRIES: u32 = 16;
 
 /// A cache line of its own (two: the prefetcher pulls them in pairs).
 #[repr(align(128))]
@@ -54,19 +55,22 @@ pub struct Counts {
 /// Who has which block. Shared by every thread of a node.
 pub struct RBlockTable {
     entries: Box<[AtomicU64]>,
-    /// Of a free block: the next on the stack.
-    next: Box<[AtomicU32]>,
-    shards: Box<[Line<Shard>]>,
+    /// Of a free block: the blocks from it to the bottom of its stack (high
+    /// half) and the block below.
+    links: Box<[AtomicU64]>,
+    /// Of each stack: a tag (high half) that counts every change, and the block
+    /// on top.
+    heads: Box<[Line<AtomicU64>]>,
     reserved: Line<AtomicU32>,
     lent: AtomicU32,
 }
 
-/// One stack of free blocks.
-struct Shard {
-    /// Tag (high half, counts every change) and index of the top block.
-    head: AtomicU64,
-    /// Blocks on the stack that nobody has claimed.
-    free: AtomicU32,
+/// Free blocks off their stacks, linked in order, on their way to an owner.
+#[derive(Clone, Copy)]
+struct Chain {
+    first: BlockIndex,
+    last: BlockIndex,
+    len: u32,
 }
 
 impl RBlockTable {
@@ -76,17 +80,15 @@ impl RBlockTable {
         // Each stack begins with a run of its own, so that threads do not meet
         // in the cache lines of the entries either.
         let run = blocks.div_ceil(SHARDS as u32).max(1);
-        let last = |block: u32| block + 1 == blocks || (block + 1).is_multiple_of(run);
-        let shard = |shard: u32| {
-            let first = (shard * run).min(blocks);
-            let free = (blocks - first).min(run);
-            let head = if free > 0 { first } else { NIL };
-            Line(Shard { head: AtomicU64::new(head.into()), free: AtomicU32::new(free) })
+        let link = |block: u32| {
+            let depth = (run - block % run).min(blocks - block);
+            pair(depth, if depth > 1 { block + 1 } else { NIL })
         };
+        let top = |shard: u32| if shard * run < blocks { shard * run } else { NIL };
         Self {
             entries: (0..blocks).map(|_| AtomicU64::new(Entry::free(0).pack())).collect(),
-            next: (0..blocks).map(|i| AtomicU32::new(if last(i) { NIL } else { i + 1 })).collect(),
-            shards: (0..SHARDS as u32).map(shard).collect(),
+            links: (0..blocks).map(|block| AtomicU64::new(link(block))).collect(),
+            heads: (0..SHARDS as u32).map(|shard| Line(AtomicU64::new(pair(0, top(shard))))).collect(),
             reserved: Line(AtomicU32::new(0)),
             lent: AtomicU32::new(0),
         }
@@ -113,6 +115,7 @@ impl RBlockTable {
     }
 
     /// One block's entry as it is now; `None` outside the pool.
+    #[inline]
     pub fn entry(&self, block: BlockIndex) -> Option<Entry> {
         Some(Entry::unpack(self.entries.get(block as usize)?.load(Ordering::Acquire)))
     }
@@ -120,13 +123,11 @@ impl RBlockTable {
     // ---- local sequences and the prefix cache -----------------------------
 
     /// Takes one block. A loan's block starts Reserved, any other Held with one
-    /// ref. `None`: nothing is free.
+    /// ref. `None`: nothing is free (or was while others took and gave).
     pub fn alloc(&self, owner: Owner) -> Option<BlockRef> {
-        let first = home();
-        let shards = self.shards.iter().cycle().skip(first).take(SHARDS);
-        let shard = shards.map(|line| &line.0).find(|shard| shard.claim(1) == 1)?;
+        let chain = stacks().find_map(|stack| self.pop(stack, 1))?;
         let mut taken = None;
-        self.take(shard, 1, owner, &mut |block| taken = Some(block));
+        self.give(chain, owner, |block| taken = Some(block));
         taken
     }
 
@@ -134,7 +135,8 @@ impl RBlockTable {
     /// are free (or were while others took and gave), and `out` is as it was.
     #[must_use]
     pub fn alloc_many(&self, n: u32, owner: Owner, out: &mut Vec<BlockRef>) -> bool {
-        self.take_many(n, owner, |block| out.push(block))
+        let chain = self.take(n);
+        chain.inspect(|chain| self.give(*chain, owner, |block| out.push(block))).is_some() || n == 0
     }
 
     /// Adds a holder, who must release in turn.
@@ -203,12 +205,11 @@ impl RBlockTable {
     /// Reserves `n` blocks for `loan` or none; ascending. `None`: not that many
     /// are free (or were while others took and gave). The list is the only record of the loan's blocks: keep it.
     pub fn reserve(&self, n: u32, loan: LoanId) -> Option<Vec<BlockIndex>> {
-        if n > self.len() {
-            return None;
-        }
-        let mut blocks = Vec::with_capacity(n as usize);
-        if !self.take_many(n, Owner::Loan(loan), |block| blocks.push(block.index)) {
-            return None;
+        let mut blocks = Vec::new();
+        if n > 0 {
+            let chain = self.take(n)?;
+            blocks.reserve_exact(n as usize);
+            self.give(chain, Owner::Loan(loan), |block| blocks.push(block.index));
         }
         blocks.sort_unstable();
         Some(blocks)
@@ -256,15 +257,27 @@ impl RBlockTable {
     }
 
     /// May the debtor behind `loan` write this block? One load.
+    #[inline]
     pub fn may_write(&self, block: BlockIndex, loan: LoanId) -> bool {
         let entry = self.entry(block);
         entry.is_some_and(|e| e.loan() == Some(loan) && matches!(e.state, State::Reserved | State::Filling))
     }
 
     /// May queries under `loan` attend to this block? One load.
+    #[inline]
     pub fn visible(&self, block: BlockIndex, loan: LoanId) -> bool {
         let entry = self.entry(block);
         entry.is_some_and(|e| e.loan() == Some(loan) && matches!(e.state, State::Filling | State::Live))
+    }
+
+    /// As [`visible`](Self::visible), asked after the block was read: if it
+    /// holds, every byte read was the loan's.
+    #[inline]
+    pub fn was_visible(&self, block: BlockIndex, loan: LoanId) -> bool {
+        // Pairs with the fence in `give`: who read a byte of the next owner
+        // sees the next owner's entry here.
+        fence(Ordering::Acquire);
+        self.visible(block, loan)
     }
 
     // ---- entries --------------------------------------------------------------
@@ -298,6 +311,7 @@ impl RBlockTable {
         })
     }
 
+    #[inline]
     fn swap(
         &self,
         index: BlockIndex,
@@ -321,102 +335,116 @@ impl RBlockTable {
     // ---- the free list ----------------------------------------------------------
 
     fn free(&self) -> u32 {
-        self.shards.iter().map(|shard| shard.0.free.load(Ordering::Relaxed)).fold(0, u32::wrapping_add)
+        let tops = self.heads.iter().map(|head| head.0.load(Ordering::Acquire));
+        tops.map(|head| self.depth(low(head))).fold(0, u32::wrapping_add)
     }
 
-    /// Claims `n` blocks, from the thread's own stack first, and takes them; or
-    /// takes none.
-    fn take_many(&self, n: u32, owner: Owner, mut sink: impl FnMut(BlockRef)) -> bool {
-        let first = home();
-        for _ in 0..CLAIM_TRIES {
-            let mut claims = [0; SHARDS];
-            let mut left = n;
-            for i in (0..SHARDS).map(|i| (first + i) % SHARDS) {
-                claims[i] = self.shards[i].0.claim(left);
-                left -= claims[i];
-            }
-            if left == 0 {
-                for (shard, claimed) in self.shards.iter().zip(claims) {
-                    self.take(&shard.0, claimed, owner, &mut sink);
+    /// Blocks from `block` to the bottom of its stack.
+    fn depth(&self, block: u32) -> u32 {
+        self.links.get(block as usize).map_or(0, |link| high(link.load(Ordering::Relaxed)))
+    }
+
+    /// Takes exactly `n` ≥ 1 blocks off the stacks, the thread's own first; or
+    /// none.
+    fn take(&self, n: u32) -> Option<Chain> {
+        for _ in 0..TAKE_TRIES {
+            let mut taken: Option<Chain> = None;
+            for stack in stacks() {
+                while let Some(missing) = n.checked_sub(taken.map_or(0, |c| c.len)).filter(|missing| *missing > 0) {
+                    let Some(next) = self.pop(stack, missing.min(POP_AT_ONCE)) else { break };
+                    taken = Some(taken.map_or(next, |chain| {
+                        self.links[chain.last as usize].store(pair(0, next.first), Ordering::Relaxed);
+                        Chain { first: chain.first, last: next.last, len: chain.len + next.len }
+                    }));
                 }
-                return true;
             }
-            for (shard, claimed) in self.shards.iter().zip(claims).filter(|(_, claimed)| *claimed > 0) {
-                shard.0.free.fetch_add(claimed, Ordering::Release);
+            let chain = taken?;
+            if chain.len == n {
+                return Some(chain);
+            }
+            self.push(chain);
+            if self.free() < n {
+                return None;
             }
             // Enough in all, but in the hands of others who were short as well:
             // one of us has to be first.
-            if self.free() < n {
-                return false;
-            }
             spin_loop();
         }
-        false
+        None
     }
 
-    /// Pops `n` blocks claimed of `shard` and gives them to `owner`.
-    fn take(&self, shard: &Shard, n: u32, owner: Owner, sink: &mut impl FnMut(BlockRef)) {
+    /// Gives the blocks of a chain their owner, in order.
+    fn give(&self, chain: Chain, owner: Owner, mut sink: impl FnMut(BlockRef)) {
         let state = if matches!(owner, Owner::Loan(_)) { State::Reserved } else { State::Held };
         if state == State::Reserved {
-            self.reserved.0.fetch_add(n, Ordering::Relaxed);
+            self.reserved.0.fetch_add(chain.len, Ordering::Relaxed);
         }
-        let mut left = n;
-        while left > 0 {
-            let (mut block, taken) = self.pop(shard, left.min(POP_AT_ONCE));
-            left -= taken;
-            for _ in 0..taken {
-                let word = &self.entries[block as usize];
-                let before = Entry::unpack(word.load(Ordering::Relaxed));
-                debug_assert_eq!(before.state, State::Free);
-                let following = self.next[block as usize].load(Ordering::Relaxed);
-                // A plain store: a free entry off the stack is nobody else's
-                // to change.
-                word.store(Entry { state, owner: Some(owner), refs: 1, ..before }.pack(), Ordering::Release);
-                sink(BlockRef { index: block, generation: before.generation });
-                block = following;
-            }
+        let mut block = chain.first;
+        for _ in 0..chain.len {
+            let word = &self.entries[block as usize];
+            let before = Entry::unpack(word.load(Ordering::Relaxed));
+            debug_assert_eq!(before.state, State::Free);
+            let following = low(self.links[block as usize].load(Ordering::Relaxed));
+            // A plain store: a free entry off the stacks is nobody else's to
+            // change.
+            word.store(Entry { state, owner: Some(owner), refs: 1, ..before }.pack(), Ordering::Release);
+            sink(BlockRef { index: block, generation: before.generation });
+            block = following;
         }
+        // The new entries are seen by whoever sees a byte written under them.
+        fence(Ordering::Release);
     }
 
-    /// Takes 1 to `most` blocks off a stack, still linked by `next`.
-    fn pop(&self, shard: &Shard, most: u32) -> (BlockIndex, u32) {
-        let mut head = shard.head.load(Ordering::Acquire);
+    /// Takes 1 to `most` blocks off a stack, unless it is empty.
+    fn pop(&self, stack: usize, most: u32) -> Option<Chain> {
+        let top = &self.heads[stack].0;
+        let mut head = top.load(Ordering::Acquire);
         loop {
-            let first = head as u32;
+            let first = low(head);
             if first == NIL {
-                // Cannot last: the claim says that blocks are there.
-                spin_loop();
-                head = shard.head.load(Ordering::Acquire);
-                continue;
+                return None;
             }
             // Others may change these links while we walk; then the tag has
             // changed too and the exchange fails.
-            let mut taken = 1;
-            let mut rest = self.next[first as usize].load(Ordering::Relaxed);
-            while taken < most && rest != NIL {
-                rest = self.next[rest as usize].load(Ordering::Relaxed);
-                taken += 1;
+            let mut chain = Chain { first, last: first, len: 1 };
+            let mut rest = low(self.links[first as usize].load(Ordering::Relaxed));
+            while chain.len < most && rest != NIL {
+                chain = Chain { last: rest, len: chain.len + 1, ..chain };
+                rest = low(self.links[rest as usize].load(Ordering::Relaxed));
             }
-            match shard.head.compare_exchange_weak(head, retag(head, rest), Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return (first, taken),
+            match top.compare_exchange_weak(head, retag(head, rest), Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return Some(chain),
                 Err(other) => head = other,
             }
         }
     }
 
-    /// Puts a block that just became Free on the thread's stack and counts it.
+    /// Puts free blocks on the thread's own stack.
+    fn push(&self, chain: Chain) {
+        let top = &self.heads[home()].0;
+        let mut head = top.load(Ordering::Acquire);
+        loop {
+            // As in `pop`: a depth that is out of date makes the exchange fail.
+            let mut depth = self.depth(low(head)).wrapping_add(chain.len);
+            let mut block = chain.first;
+            for _ in 1..chain.len {
+                let link = &self.links[block as usize];
+                block = low(link.load(Ordering::Relaxed));
+                link.store(pair(depth, block), Ordering::Relaxed);
+                depth = depth.wrapping_sub(1);
+            }
+            self.links[block as usize].store(pair(depth, low(head)), Ordering::Relaxed);
+            match top.compare_exchange_weak(head, retag(head, chain.first), Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return,
+                Err(other) => head = other,
+            }
+        }
+    }
+
+    /// Puts a block that just became Free on a stack; passes `freed` on.
     fn freed_if(&self, freed: bool, block: BlockIndex) -> bool {
         if freed {
-            let shard = &self.shards[home()].0;
-            let mut head = shard.head.load(Ordering::Relaxed);
-            loop {
-                self.next[block as usize].store(head as u32, Ordering::Relaxed);
-                match shard.head.compare_exchange_weak(head, retag(head, block), Ordering::AcqRel, Ordering::Relaxed) {
-                    Ok(_) => break,
-                    Err(other) => head = other,
-                }
-            }
-            shard.free.fetch_add(1, Ordering::Release);
+            self.push(Chain { first: block, last: block, len: 1 });
         }
         freed
     }
@@ -427,20 +455,24 @@ impl RBlockTable {
     pub fn check_invariants(&self) -> Result<Counts, String> {
         let mut on_list = vec![false; self.entries.len()];
         let mut listed = 0;
-        for (i, shard) in self.shards.iter().enumerate() {
-            let before = listed;
-            let mut block = shard.0.head.load(Ordering::Acquire) as u32;
+        for head in &self.heads {
+            let mut block = low(head.0.load(Ordering::Acquire));
+            let mut depth = self.depth(block);
             while block != NIL {
-                let seen = on_list.get_mut(block as usize).ok_or(format!("free list leads to block {block}"))?;
+                let seen = on_list.get_mut(block as usize).ok_or(format!("a free list leads to block {block}"))?;
                 if std::mem::replace(seen, true) {
-                    return Err(format!("block {block} is on the free list twice"));
+                    return Err(format!("block {block} is on the free lists twice"));
+                }
+                let link = self.links[block as usize].load(Ordering::Acquire);
+                if high(link) != depth {
+                    return Err(format!("block {block} is {depth} above the bottom and says {}", high(link)));
                 }
                 listed += 1;
-                block = self.next[block as usize].load(Ordering::Acquire);
+                depth = depth.wrapping_sub(1);
+                block = low(link);
             }
-            let count = shard.0.free.load(Ordering::Acquire);
-            if listed - before != count {
-                return Err(format!("stack {i} has {} blocks and counts {count}", listed - before));
+            if depth != 0 {
+                return Err(format!("a free list is {depth} shorter than it says"));
             }
         }
         let mut found = Counts { total: self.len(), ..Counts::default() };
@@ -466,26 +498,25 @@ impl RBlockTable {
     }
 }
 
-impl Shard {
-    /// Counts up to `n` blocks down: they are the caller's to pop, or to count
-    /// up again.
-    fn claim(&self, n: u32) -> u32 {
-        let mut free = self.free.load(Ordering::Relaxed);
-        loop {
-            let claimed = free.min(n);
-            if claimed == 0 {
-                return 0;
-            }
-            // Acquire: what was pushed before it was counted is seen by the pop.
-            match self.free.compare_exchange_weak(free, free - claimed, Ordering::Acquire, Ordering::Relaxed) {
-                Ok(_) => return claimed,
-                Err(other) => free = other,
-            }
-        }
-    }
+/// The stacks, the calling thread's own first.
+fn stacks() -> impl Iterator<Item = usize> {
+    let own = home();
+    (own..SHARDS).chain(0..own)
+}
+
+const fn pair(high: u32, low: u32) -> u64 {
+    (high as u64) << 32 | low as u64
+}
+
+const fn high(word: u64) -> u32 {
+    (word >> 32) as u32
+}
+
+const fn low(word: u64) -> u32 {
+    word as u32
 }
 
 /// The next head: one change later, with `block` on top.
 const fn retag(head: u64, block: u32) -> u64 {
-    ((head >> 32).wrapping_add(1) << 32) | block as u64
+    pair(high(head).wrapping_add(1), block)
 }

@@ -71,12 +71,14 @@ impl OptionalParams {
         }
     }
 
-    /// The model's parameters with their shapes, in the order of computation.
+    /// The model's parameters with their shapes, in the order to load them in:
+    /// the largest first, so that a tensor is never held twice, in its file's
+    /// pages and in a device's packing, when most of the others are there too.
     pub fn all<'a>(&'a self, config: &'a ModelConfig) -> impl Iterator<Item = (Param, (usize, usize))> + 'a {
         let layers = (0..config.layers).flat_map(|layer| LAYER_PARAMS.into_iter().map(move |p| Param::Layer(layer, p)));
-        std::iter::once(Param::Embedding)
+        [Param::Embedding, Param::LmHead, Param::FinalNorm]
+            .into_iter()
             .chain(layers)
-            .chain([Param::FinalNorm, Param::LmHead])
             .filter_map(|param| Some((param, self.shape(config, param)?)))
     }
 }

@@ -298,6 +298,7 @@ enum Happened {
 fn log(note: &Note) {
     match note {
         Note::Up(instance) => tracing::info!(%instance, "a member joined"),
+        Note::Down(instance, "left") => tracing::info!(%instance, "a member left"),
         Note::Down(instance, reason) => tracing::warn!(%instance, reason, "a member is gone"),
         Note::Dropped { conn, reason } => tracing::warn!(conn, reason, "closed a control connection"),
         Note::CreditorRefused(instance, reason) => tracing::debug!(%instance, ?reason, "a creditor refused"),

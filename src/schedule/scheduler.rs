@@ -413,7 +413,8 @@ impl Scheduler {
                 continue;
             }
             let complete = s.computed / block_tokens;
-            let mut candidates = (0..complete.min(s.table.len())).filter_map(|i| match s.table.blocks()[i] {
+            // From the end: what others share is at the beginning.
+            let mut candidates = (0..complete.min(s.table.len())).rev().filter_map(|i| match s.table.blocks()[i] {
                 Placement::Local(block) if !s.remote_goal.contains(&i) => Some((i, block)),
                 _ => None,
             });

@@ -1,7 +1,7 @@
 //! One connection: handshake, then frames out and frames in.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use super::handshake;
@@ -48,6 +48,15 @@ pub(super) struct Connection {
     start: usize,
     end: usize,
     body: Body,
+    /// The socket may hold something: it said so, or was not emptied.
+    pub ready: bool,
+    /// The socket has told of its end: it is ready until that is read.
+    pub ending: bool,
+    /// On the list of those with something to do.
+    listed: bool,
+    /// The result of a receive into the [`window`](Self::window) that was made
+    /// for it.
+    pub received: Option<io::Result<usize>>,
 }
 
 /// The payload that is being received.
@@ -76,6 +85,10 @@ impl Connection {
             start: 0,
             end: 0,
             body: Body::None,
+            ready: false,
+            ending: false,
+            listed: true,
+            received: None,
         }
     }
 
@@ -88,6 +101,27 @@ impl Connection {
     /// Is there something that the socket has not taken?
     pub fn has_output(&self) -> bool {
         self.broken.is_none() && (!self.greeting.is_empty() || (self.phase == Phase::Open && !self.outbox.is_empty()))
+    }
+
+    /// Did the last flush stop though the socket would take more?
+    pub fn is_unfinished(&self) -> bool {
+        self.broken.is_some() || self.outbox.is_unfinished()
+    }
+
+    /// Is there something to do even if nothing arrives?
+    pub fn needs_attention(&self) -> bool {
+        self.broken.is_some() || self.has_output()
+    }
+
+    /// Does it have to be put on the list of those with something to do?
+    pub fn must_list(&mut self) -> bool {
+        !std::mem::replace(&mut self.listed, true)
+    }
+
+    /// Attended to: is there still something to do?
+    pub fn stays_listed(&mut self) -> bool {
+        self.listed = self.ready || self.needs_attention();
+        self.listed
     }
 
     fn direct(&self) -> bool {
@@ -171,10 +205,29 @@ impl Connection {
         }
     }
 
+    /// Can the next receive be done for it, into [`window`](Self::window)? Not
+    /// in the midst of a write, whose bytes go straight to their region.
+    pub fn takes_batch(&self) -> bool {
+        !matches!(self.body, Body::Write { .. })
+    }
+
+    /// The socket, and the free part of the buffer.
+    pub fn window(&mut self) -> (BorrowedFd<'_>, &mut [u8]) {
+        self.compact();
+        (self.socket.as_fd(), &mut self.buffer[self.end..])
+    }
+
+    /// At most an incomplete header is left over.
+    fn compact(&mut self) {
+        self.buffer.copy_within(self.start..self.end, 0);
+        (self.start, self.end) = (0, self.end - self.start);
+    }
+
     /// Takes in what has arrived. Events go to `sink`; the error is why the
     /// connection has to be closed.
     pub fn receive(&mut self, peer: PeerId, regions: &Regions, sink: &mut dyn FnMut(Event<'_>)) -> Result<()> {
         let mut budget = BUDGET;
+        self.ready = true;
         loop {
             // What is received for a region beyond this call's buffer goes
             // straight there.
@@ -186,15 +239,20 @@ impl Connection {
                 _ => None,
             };
             let straight = target.map_or(0, |(_, _, len)| len);
-            // At most an incomplete header is left over.
-            self.buffer.copy_within(self.start..self.end, 0);
-            (self.start, self.end) = (0, self.end - self.start);
+            self.compact();
             let room = straight + self.buffer.len() - self.end;
             let memory = target.map(|(memory, at, len)| (&**memory, at, len));
-            let got = match receive(self.socket.as_fd(), memory, &mut self.buffer[self.end..]) {
+            let received = match self.received.take() {
+                Some(received) => received,
+                None => receive(self.socket.as_fd(), memory, &mut self.buffer[self.end..]),
+            };
+            let got = match received {
                 Ok(0) => return Err(self.gone(&"the connection was closed during the handshake")),
                 Ok(got) => got,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return self.broken.clone().map_or(Ok(()), Err),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    self.ready = false;
+                    return self.broken.clone().map_or(Ok(()), Err);
+                }
                 Err(e) => return Err(self.broken.take().unwrap_or_else(|| self.gone(&e))),
             };
             self.end += got - got.min(straight);
@@ -205,6 +263,8 @@ impl Connection {
             self.consume(peer, regions, sink)?;
             budget = budget.saturating_sub(got);
             // A short read emptied the socket: asking again would only tell so.
+            // Except of its end.
+            self.ready = got >= room || self.ending;
             if got < room || budget == 0 {
                 return Ok(());
             }

@@ -49,11 +49,17 @@ pub(super) struct Outbox {
     /// What the queue costs: payloads of messages, descriptors of writes.
     bytes: usize,
     writes: usize,
+    /// The last flush ended before the socket was full.
+    unfinished: bool,
 }
 
 impl Outbox {
     pub fn is_empty(&self) -> bool {
         self.queue.is_empty()
+    }
+
+    pub fn is_unfinished(&self) -> bool {
+        self.unfinished
     }
 
     pub fn bytes(&self) -> usize {
@@ -144,6 +150,7 @@ impl Outbox {
     /// Hands the socket as much of the queue as it takes.
     pub fn flush(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
         let mut flushed = 0;
+        self.unfinished = false;
         while !self.queue.is_empty() && flushed < FLUSH {
             let (offered, sent) = self.offer(socket)?;
             self.advance(sent);
@@ -152,6 +159,7 @@ impl Outbox {
             }
             flushed += sent;
         }
+        self.unfinished = !self.queue.is_empty() && flushed >= FLUSH;
         Ok(())
     }
 

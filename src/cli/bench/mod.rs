@@ -1,5 +1,6 @@
 //! `distkv bench`: measurements with HDR histograms.
 
+pub mod attention;
 pub mod fabric;
 pub mod report;
 
@@ -14,6 +15,8 @@ pub struct Args {
 
 #[derive(Subcommand)]
 enum What {
+    /// MicroAttention over paged KV beside the machine's read bandwidth.
+    Attention(attention::Args),
     /// Latency, bandwidth and message rate of the fabric's transports.
     Fabric(fabric::Args),
 }
@@ -21,6 +24,7 @@ enum What {
 /// Runs the subcommand.
 pub fn run(args: Args) -> anyhow::Result<()> {
     match args.what {
+        What::Attention(args) => attention::run(args),
         What::Fabric(args) => fabric::run(args),
     }
 }

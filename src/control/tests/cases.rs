@@ -74,6 +74,7 @@ fn two_nodes_that_dial_each_other_at_once_keep_the_same_connection() {
         world.start(Plan::new("b", &["a"], 8));
         world.run_for(ms(3000));
         world.check_quiet();
+        assert!(world.log.matches("PeerAccepted").count() >= 2, "both were dialed");
         for node in &world.nodes {
             assert_eq!(node.control.ledger(world.now).links.len(), 1, "seed {seed}");
             let downs = node.notes.iter().filter(|n| matches!(n, Note::Down(..))).count();
@@ -193,6 +194,16 @@ fn a_stale_view_costs_a_refusal_and_the_next_is_asked() {
     world.run_for(ms(400));
     let refusal = Note::CreditorRefused(world.nodes[1].instance, Refusal::NoRoom);
     assert!(world.nodes[0].notes.contains(&refusal));
+    assert_eq!(world.nodes[0].loans[&1][0].creditor, world.nodes[2].instance);
+    world.check_quiet();
+}
+
+#[test]
+fn a_creditor_that_dies_while_it_is_asked_has_refused_at_once() {
+    let mut world = cluster(1, &[8, 40, 30]);
+    world.input(0, Input::Borrow { request: 1, blocks: 10 });
+    world.kill(1);
+    world.run_for(ms(400));
     assert_eq!(world.nodes[0].loans[&1][0].creditor, world.nodes[2].instance);
     world.check_quiet();
 }
@@ -368,6 +379,21 @@ fn a_pure_lender_lends_to_whoever_comes_first_and_never_borrows() {
     let row = world.nodes[0].control.ledger(world.now).instances[1].row.clone().unwrap();
     assert_eq!((row.total, row.free, row.lent, row.shape), (64, 0, 64, Some(shape(2))));
     assert!(world.nodes[1].creditors.is_empty() && world.nodes[0].creditors.len() == 1);
+    world.check_quiet();
+}
+
+#[test]
+fn nobody_is_taken_for_gone_by_one_who_was_stopped() {
+    let mut world = cluster(1, &[8, 40]);
+    world.input(0, Input::Borrow { request: 1, blocks: 10 });
+    world.run_for(ms(500));
+    // The machine sleeps for longer than any time limit.
+    world.now += LEASE * 4;
+    world.run_for(ms(5000));
+    assert!(
+        world.nodes.iter().all(|n| !n.notes.iter().any(|note| matches!(note, Note::Down(..) | Note::Lapsed { .. })))
+    );
+    assert_eq!(world.nodes[0].loans.len(), 1);
     world.check_quiet();
 }
 

@@ -75,6 +75,7 @@ struct End {
 }
 
 enum Event {
+    Dial { node: usize, address: String },
     Connected { conn: u64, address: String },
     Accepted { conn: u64 },
     ConnectFailed { node: usize, address: String },
@@ -260,6 +261,7 @@ impl World {
                     self.input(node, Input::PeerAccepted { conn });
                 }
             }
+            Event::Dial { node, address } => self.dial(node, address),
             Event::ConnectFailed { node, address } => {
                 if self.nodes[node].alive {
                     self.input(node, Input::ConnectFailed { address: &address });
@@ -297,20 +299,9 @@ impl World {
         let now = self.now;
         match output {
             Output::Connect { address } => {
-                // Every node has a second name, as hosts have.
-                let name = address.strip_prefix("alias-of-").unwrap_or(&address);
-                let target = self.nodes.iter().position(|n| n.alive && n.plan.address == name);
-                let Some(target) = target else {
-                    let key = (now + ms(self.rng.random_range(1..50)), self.name());
-                    self.events.insert(key, Event::ConnectFailed { node, address });
-                    return;
-                };
-                let (here, there) = (self.name(), self.name());
-                let end = |node, peer| End { node, peer, open: true, stalled: false, last: now };
-                self.ends.insert(here, end(node, there));
-                self.ends.insert(there, end(target, here));
-                self.post(there, Event::Accepted { conn: there });
-                self.post(here, Event::Connected { conn: here, address });
+                let at = now + Duration::from_micros(self.rng.random_range(100..=self.max_delay * 1000));
+                let key = (at, self.name());
+                self.events.insert(key, Event::Dial { node, address });
             }
             Output::Send { conn, bytes } => {
                 assert!(bytes.len() <= distkv_fabric::MAX_SEND);
@@ -322,6 +313,26 @@ impl World {
             Output::Disconnect { conn } => self.hang_up(conn),
             output => self.engine(node, output),
         }
+    }
+
+    /// A node's call arrives at whoever has the address by now.
+    fn dial(&mut self, node: usize, address: String) {
+        if !self.nodes[node].alive {
+            return;
+        }
+        // Every node has a second name, as hosts have.
+        let name = address.strip_prefix("alias-of-").unwrap_or(&address);
+        let Some(target) = self.nodes.iter().position(|n| n.alive && n.plan.address == name) else {
+            let key = (self.now + ms(self.rng.random_range(1..50)), self.name());
+            self.events.insert(key, Event::ConnectFailed { node, address });
+            return;
+        };
+        let (here, there, last) = (self.name(), self.name(), self.now);
+        let end = |node, peer| End { node, peer, open: true, stalled: false, last };
+        self.ends.insert(here, end(node, there));
+        self.ends.insert(there, end(target, here));
+        self.post(there, Event::Accepted { conn: there });
+        self.post(here, Event::Connected { conn: here, address });
     }
 
     /// What the node's engine does with an output.

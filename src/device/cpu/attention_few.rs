@@ -6,8 +6,8 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::attention::{PAD, Partials};
-use super::kv_view::{KvView, load, widen};
-use super::simd::{Kernel, Simd};
+use super::kv_view::{KvView, load, load_pair, paired, widen, widen_pairs};
+use super::simd::{Kernel, Simd, lanes};
 use crate::kv::rblock::{KvDtype, KvRun};
 
 /// All query heads of the consecutive rows of one sequence over some runs.
@@ -32,11 +32,34 @@ pub(super) struct Few<'a> {
     pub first: usize,
 }
 
+/// Tokens whose values are added at a time.
+const VALUES: usize = 16;
+/// Bytes ahead that are asked for: far enough to hide the memory's latency, near
+/// enough to find the lines still in the first-level cache.
+const AHEAD: usize = 8192;
+
+/// A block, read from its first byte to its last, and where it goes on.
+struct Stream {
+    /// From this block to the next.
+    jump: isize,
+    bytes: usize,
+}
+
+impl Stream {
+    /// Distance from byte `at` of the stream to what is read [`AHEAD`] bytes
+    /// later, maybe in the next block.
+    #[inline(always)]
+    fn ahead(&self, at: usize) -> isize {
+        let here = AHEAD as isize;
+        if at + AHEAD < self.bytes { here } else { self.jump.wrapping_add(here).wrapping_sub(self.bytes as isize) }
+    }
+}
+
 impl Few<'_> {
     /// f32 elements of scratch for up to `vectors` query vectors a KV head.
     pub fn scratch(kv_heads: usize, vectors: usize, padded: usize, block_tokens: usize) -> usize {
         let tokens = block_tokens.next_multiple_of(PAD);
-        2 * kv_heads * vectors * padded + 2 * kv_heads * vectors + tokens * vectors + PAD * padded + 4 * PAD
+        2 * kv_heads * vectors * padded + 2 * kv_heads * vectors + kv_heads * vectors * tokens + PAD * padded + 4 * PAD
     }
 }
 
@@ -49,17 +72,20 @@ impl Kernel for Few<'_> {
         // SAFETY: the fields are as they say.
         unsafe {
             match self.kv.dtype {
-                KvDtype::Bf16 => self.walk::<S>(KvDtype::Bf16),
-                KvDtype::F16 => self.walk::<S>(KvDtype::F16),
-                KvDtype::F32 => self.walk::<S>(KvDtype::F32),
+                KvDtype::Bf16 if self.kv.head_dim % (2 * S::LANES) == 0 => self.walk::<S, true>(KvDtype::Bf16),
+                KvDtype::Bf16 => self.walk::<S, false>(KvDtype::Bf16),
+                KvDtype::F16 => self.walk::<S, false>(KvDtype::F16),
+                KvDtype::F32 => self.walk::<S, false>(KvDtype::F32),
             }
         }
     }
 }
 
 impl Few<'_> {
+    /// With `PAIRED` the elements of a head are kept in the order in which pairs
+    /// of bf16 widen: each `2 · LANES` of them even ones first.
     #[inline(always)]
-    unsafe fn walk<S: Simd>(&self, dtype: KvDtype) {
+    unsafe fn walk<S: Simd, const PAIRED: bool>(&self, dtype: KvDtype) {
         let kv = &self.kv;
         let (d, padded) = (kv.head_dim, kv.head_dim.next_multiple_of(PAD));
         let vectors = self.rows * self.group;
@@ -70,6 +96,7 @@ impl Few<'_> {
             let q = self.scratch;
             let acc = q.add(all * padded);
             let stats = acc.add(all * padded);
+            // `[padded / LANES][LANES tokens][LANES]`
             let tile = stats.add((2 * all).next_multiple_of(PAD));
             let scores = tile.add(PAD * padded);
             // Query vectors by KV head, scaled; sums empty.
@@ -78,7 +105,8 @@ impl Few<'_> {
                     let from = self.q.add(v / self.group * self.q_stride + (head * self.group + v % self.group) * d);
                     let to = q.add((head * vectors + v) * padded);
                     for i in 0..padded {
-                        *to.add(i) = if i < d { *from.add(i) * self.scale } else { 0.0 };
+                        let x = if i < d { *from.add(i) * self.scale } else { 0.0 };
+                        *to.add(if PAIRED { paired::<S>(i) } else { i }) = x;
                     }
                     *stats.add(2 * (head * vectors + v)) = f32::NEG_INFINITY;
                     *stats.add(2 * (head * vectors + v) + 1) = 0.0;
@@ -94,40 +122,41 @@ impl Few<'_> {
                     continue;
                 }
                 let block = kv.block(run);
-                // What comes after: the same place in the next block.
                 let next = self.runs.get(index + 1).map_or(block, |next| kv.block(next));
-                let ahead = (next as isize).wrapping_sub(block as isize);
+                let stream =
+                    Stream { jump: (next as isize).wrapping_sub(block as isize), bytes: kv.kv_heads * kv.head_bytes };
+                let count = run.tokens as usize;
+                // All keys, all weights, all values: in the order they lie in
+                // memory, and the exponentials of all heads overlap.
                 for head in 0..kv.kv_heads {
-                    let keys = block.add(head * kv.head_bytes);
-                    self.score::<S>(
-                        dtype,
-                        keys,
-                        ahead,
-                        run.tokens as usize,
-                        q.add(head * vectors * padded),
-                        tile,
-                        scores,
-                        tokens,
-                    );
-                    self.soften::<S>(
-                        run,
-                        scores,
-                        tokens,
-                        stats.add(2 * head * vectors),
-                        acc.add(head * vectors * padded),
-                    );
-                    let values = block.add((kv.kv_heads + head) * kv.head_bytes);
-                    let acc = acc.add(head * vectors * padded);
-                    let count = run.tokens as usize;
-                    let mut v = 0;
-                    while v < vectors {
-                        let (acc, scores) = (acc.add(v * padded), scores.add(v * tokens));
-                        v += match vectors - v {
-                            1 => self.add_values::<S, 1>(dtype, values, ahead, count, scores, tokens, acc),
-                            2 => self.add_values::<S, 2>(dtype, values, ahead, count, scores, tokens, acc),
-                            3 => self.add_values::<S, 3>(dtype, values, ahead, count, scores, tokens, acc),
-                            _ => self.add_values::<S, 4>(dtype, values, ahead, count, scores, tokens, acc),
-                        };
+                    let (q, scores) = (q.add(head * vectors * padded), scores.add(head * vectors * tokens));
+                    for first in (0..count).step_by(S::LANES) {
+                        let at = head * kv.head_bytes + first * kv.row_bytes();
+                        let (keys, ahead) = (block.add(at), stream.ahead(at));
+                        let count = (count - first).min(S::LANES);
+                        self.score::<S, PAIRED>(dtype, keys, ahead, count, q, tile, scores.add(first), tokens);
+                    }
+                }
+                for head in 0..kv.kv_heads {
+                    let (acc, scores) = (acc.add(head * vectors * padded), scores.add(head * vectors * tokens));
+                    self.soften::<S>(run, scores, tokens, stats.add(2 * head * vectors), acc);
+                }
+                for head in 0..kv.kv_heads {
+                    let (acc, scores) = (acc.add(head * vectors * padded), scores.add(head * vectors * tokens));
+                    for first in (0..count).step_by(VALUES) {
+                        let at = (kv.kv_heads + head) * kv.head_bytes + first * kv.row_bytes();
+                        let (values, ahead) = (block.add(at), stream.ahead(at));
+                        let count = (count - first).min(VALUES);
+                        let mut v = 0;
+                        while v < vectors {
+                            let (acc, weights) = (acc.add(v * padded), scores.add(v * tokens + first));
+                            v += match vectors - v {
+                                1 => self.add_values::<S, 1, PAIRED>(dtype, values, ahead, count, weights, tokens, acc),
+                                2 => self.add_values::<S, 2, PAIRED>(dtype, values, ahead, count, weights, tokens, acc),
+                                3 => self.add_values::<S, 3, PAIRED>(dtype, values, ahead, count, weights, tokens, acc),
+                                _ => self.add_values::<S, 4, PAIRED>(dtype, values, ahead, count, weights, tokens, acc),
+                            };
+                        }
                     }
                 }
             }
@@ -136,11 +165,10 @@ impl Few<'_> {
                 for v in 0..vectors {
                     let partial = self.first + v / self.group * heads + head * self.group + v % self.group;
                     let from = head * vectors + v;
-                    std::ptr::copy_nonoverlapping(
-                        acc.add(from * padded),
-                        self.partials.o.add(partial * padded),
-                        padded,
-                    );
+                    let to = self.partials.o.add(partial * padded);
+                    for i in 0..d {
+                        *to.add(i) = *acc.add(from * padded + if PAIRED { paired::<S>(i) } else { i });
+                    }
                     std::ptr::copy_nonoverlapping(stats.add(2 * from), self.partials.stats.add(2 * partial), 2);
                 }
             }
@@ -157,10 +185,10 @@ impl Few<'_> {
         (low as usize, high as usize)
     }
 
-    /// Scores of all query vectors of a KV head with one block's keys.
+    /// Scores of all query vectors of a KV head with up to LANES keys.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
-    unsafe fn score<S: Simd>(
+    unsafe fn score<S: Simd, const PAIRED: bool>(
         &self,
         dtype: KvDtype,
         keys: *const u8,
@@ -173,25 +201,30 @@ impl Few<'_> {
     ) {
         let (d, padded, row) = (self.kv.head_dim, self.kv.head_dim.next_multiple_of(PAD), self.kv.row_bytes());
         let width = d.next_multiple_of(S::LANES);
-        // SAFETY: the block's keys; tile and scores as in `walk`. Rows of the
-        // tile beyond `count` hold older keys; their scores are masked.
+        // SAFETY: `count` keys; tile and scores as in `walk`. Rows of the tile
+        // beyond `count` hold older keys; their scores are masked.
         unsafe {
-            for first in (0..count).step_by(S::LANES) {
-                for t in 0..S::LANES.min(count - first) {
-                    let key = keys.add((first + t) * row);
-                    widen::<S>(key, d, dtype, key.wrapping_offset(ahead), tile.add(t * padded));
+            for t in 0..count {
+                let key = keys.wrapping_add(t * row);
+                let (next, out) = (key.wrapping_offset(ahead), tile.wrapping_add(t * S::LANES));
+                if PAIRED {
+                    widen_pairs::<S>(key, d, next, out, S::LANES * S::LANES);
+                } else {
+                    widen::<S>(key, d, dtype, next, out, S::LANES * S::LANES);
                 }
-                for v in 0..self.rows * self.group {
-                    let q = q.add(v * padded);
-                    let mut sums = [S::splat(0.0); 16];
-                    for i in (0..width).step_by(S::LANES) {
-                        let x = S::load(q.add(i));
-                        for t in 0..S::LANES {
-                            sums[t] = S::fma(S::load(tile.add(t * padded + i)), x, sums[t]);
-                        }
+            }
+            for v in 0..self.rows * self.group {
+                let q = q.add(v * padded);
+                let mut sums = [S::splat(0.0); 16];
+                let mut at = tile.cast_const();
+                for i in (0..width).step_by(S::LANES) {
+                    let x = S::load(q.wrapping_add(i));
+                    for t in 0..S::LANES {
+                        sums[t] = S::fma(S::load(at.wrapping_add(t * S::LANES)), x, sums[t]);
                     }
-                    S::store(scores.add(v * tokens + first), S::sums(&sums));
+                    at = at.wrapping_add(S::LANES * S::LANES);
                 }
+                S::store(scores.add(v * tokens), S::sums(&sums));
             }
         }
     }
@@ -247,7 +280,7 @@ impl Few<'_> {
     /// Adds one block's values, weighted, for `N` query vectors; returns N.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
-    unsafe fn add_values<S: Simd, const N: usize>(
+    unsafe fn add_values<S: Simd, const N: usize, const PAIRED: bool>(
         &self,
         dtype: KvDtype,
         values: *const u8,
@@ -262,15 +295,15 @@ impl Few<'_> {
         unsafe {
             let mut i = 0;
             while i + 4 * S::LANES <= d && S::LANES == 16 {
-                self.add_columns::<S, N, 4>(dtype, values, ahead, count, weights, tokens, acc, i);
+                self.add_columns::<S, N, 4, PAIRED>(dtype, values, ahead, count, weights, tokens, acc, i);
                 i += 4 * S::LANES;
             }
             while i + 2 * S::LANES <= d {
-                self.add_columns::<S, N, 2>(dtype, values, ahead, count, weights, tokens, acc, i);
+                self.add_columns::<S, N, 2, PAIRED>(dtype, values, ahead, count, weights, tokens, acc, i);
                 i += 2 * S::LANES;
             }
             while i + S::LANES <= d {
-                self.add_columns::<S, N, 1>(dtype, values, ahead, count, weights, tokens, acc, i);
+                self.add_columns::<S, N, 1, false>(dtype, values, ahead, count, weights, tokens, acc, i);
                 i += S::LANES;
             }
             if i < d {
@@ -278,7 +311,7 @@ impl Few<'_> {
                 let mut end = [0.0f32; 16];
                 for t in 0..count {
                     let from = values.add(t * row + i * dtype.size());
-                    widen::<S>(from, d - i, dtype, from.wrapping_offset(ahead), end.as_mut_ptr());
+                    widen::<S>(from, d - i, dtype, from.wrapping_offset(ahead), end.as_mut_ptr(), S::LANES);
                     for n in 0..N {
                         for (j, x) in end.iter().enumerate().take(d - i) {
                             *acc.add(n * padded + i + j) += *weights.add(n * tokens + t) * x;
@@ -292,7 +325,7 @@ impl Few<'_> {
 
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
-    unsafe fn add_columns<S: Simd, const N: usize, const C: usize>(
+    unsafe fn add_columns<S: Simd, const N: usize, const C: usize, const PAIRED: bool>(
         &self,
         dtype: KvDtype,
         values: *const u8,
@@ -312,22 +345,32 @@ impl Few<'_> {
                     sums[n][c] = S::load(acc.add(n * padded + i + c * S::LANES));
                 }
             }
-            for t in 0..count {
-                let at = values.add(t * row);
-                let column = at.add(i * dtype.size());
+            let mut column = values.wrapping_add(i * dtype.size());
+            let mut weights: [*const f32; N] = lanes!([weights; N], n => weights.wrapping_add(n * tokens));
+            for _ in 0..count {
+                let next = column.wrapping_offset(ahead);
                 for line in (0..C * S::LANES * dtype.size()).step_by(64) {
-                    S::prefetch(column.wrapping_offset(ahead).wrapping_add(line));
+                    S::prefetch(next.wrapping_add(line));
                 }
                 let mut x = [S::splat(0.0); C];
-                for c in 0..C {
-                    x[c] = load::<S>(at, i + c * S::LANES, dtype);
+                for c in (0..C).step_by(2) {
+                    if PAIRED {
+                        (x[c], x[c + 1]) = load_pair::<S>(column, c * S::LANES);
+                    } else {
+                        x[c] = load::<S>(column, c * S::LANES, dtype);
+                        if c + 1 < C {
+                            x[c + 1] = load::<S>(column, (c + 1) * S::LANES, dtype);
+                        }
+                    }
                 }
                 for n in 0..N {
-                    let weight = S::splat(*weights.add(n * tokens + t));
+                    let weight = S::splat(*weights[n]);
+                    weights[n] = weights[n].wrapping_add(1);
                     for c in 0..C {
                         sums[n][c] = S::fma(x[c], weight, sums[n][c]);
                     }
                 }
+                column = column.wrapping_add(row);
             }
             for n in 0..N {
                 for c in 0..C {

@@ -114,16 +114,16 @@ impl Kernel for Many<'_> {
                     let (to_key, to_value) = (place.keys.add(count * padded), place.values.add(count * padded));
                     match kv.dtype {
                         KvDtype::Bf16 => {
-                            widen::<S>(key, d, KvDtype::Bf16, key.wrapping_offset(ahead), to_key);
-                            widen::<S>(value, d, KvDtype::Bf16, value.wrapping_offset(ahead), to_value);
+                            widen::<S>(key, d, KvDtype::Bf16, key.wrapping_offset(ahead), to_key, S::LANES);
+                            widen::<S>(value, d, KvDtype::Bf16, value.wrapping_offset(ahead), to_value, S::LANES);
                         }
                         KvDtype::F16 => {
-                            widen::<S>(key, d, KvDtype::F16, key.wrapping_offset(ahead), to_key);
-                            widen::<S>(value, d, KvDtype::F16, value.wrapping_offset(ahead), to_value);
+                            widen::<S>(key, d, KvDtype::F16, key.wrapping_offset(ahead), to_key, S::LANES);
+                            widen::<S>(value, d, KvDtype::F16, value.wrapping_offset(ahead), to_value, S::LANES);
                         }
                         KvDtype::F32 => {
-                            widen::<S>(key, d, KvDtype::F32, key.wrapping_offset(ahead), to_key);
-                            widen::<S>(value, d, KvDtype::F32, value.wrapping_offset(ahead), to_value);
+                            widen::<S>(key, d, KvDtype::F32, key.wrapping_offset(ahead), to_key, S::LANES);
+                            widen::<S>(value, d, KvDtype::F32, value.wrapping_offset(ahead), to_value, S::LANES);
                         }
                     }
                     positions[count] = run.position + token;

@@ -217,15 +217,15 @@ pub(super) unsafe fn micro<S: Simd, const R: usize, const W: usize>(
         let mut acc = [[S::splat(0.0); W]; R];
         let (mut x, mut w) = (x, w);
         for _ in 0..depth {
-            let weights: [S::F; W] = lanes!(S, W, v => S::load(w.add(v * S::LANES)));
+            let weights: [S::F; W] = lanes!(S, W, v => S::load(w.wrapping_add(v * S::LANES)));
             for r in 0..R {
-                let a = S::splat(*x.add(r * xr));
+                let a = S::splat(*x.wrapping_add(r.wrapping_mul(xr)));
                 for v in 0..W {
                     acc[r][v] = S::fma(a, weights[v], acc[r][v]);
                 }
             }
-            x = x.add(xk);
-            w = w.add(PANEL);
+            x = x.wrapping_add(xk);
+            w = w.wrapping_add(PANEL);
         }
         for r in 0..R {
             if r < rows {

@@ -262,17 +262,17 @@ mod x86 {
                 let n = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
                 _mm512_castsi512_ps(_mm512_slli_epi32::<23>(n))
             };
-            load_f16(p: *const u16) -> __m512 = _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()));
+            load_f16(p: *const u16) -> __m512 = _mm512_cvtph_ps(p.cast::<__m256i>().read_unaligned());
             store_f16(p: *mut u16, x: __m512) -> () = {
-                _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<0x00>(x))
+                p.cast::<__m256i>().write_unaligned(_mm512_cvtps_ph::<0x00>(x))
             };
             load_bf16(p: *const u16) -> __m512 = {
-                let x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+                let x = _mm512_cvtepu16_epi32(p.cast::<__m256i>().read_unaligned());
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(x))
             };
-            load_u8(p: *const u8) -> __m512 = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())));
-            load_i8(p: *const i8) -> __m512 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())));
-            load_i(p: *const u32) -> __m512i = _mm512_loadu_si512(p.cast());
+            load_u8(p: *const u8) -> __m512 = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(p.cast::<__m128i>().read_unaligned()));
+            load_i8(p: *const i8) -> __m512 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(p.cast::<__m128i>().read_unaligned()));
+            load_i(p: *const u32) -> __m512i = p.cast::<__m512i>().read_unaligned();
             splat_i(x: u32) -> __m512i = _mm512_set1_epi32(x as i32);
             and(a: __m512i, b: __m512i) -> __m512i = _mm512_and_si512(a, b);
             or(a: __m512i, b: __m512i) -> __m512i = _mm512_or_si512(a, b);
@@ -363,15 +363,15 @@ mod x86 {
                 let n = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
                 _mm256_castsi256_ps(_mm256_slli_epi32::<23>(n))
             };
-            load_f16(p: *const u16) -> __m256 = _mm256_cvtph_ps(_mm_loadu_si128(p.cast()));
+            load_f16(p: *const u16) -> __m256 = _mm256_cvtph_ps(p.cast::<__m128i>().read_unaligned());
             store_f16(p: *mut u16, x: __m256) -> () = _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<0x00>(x));
             load_bf16(p: *const u16) -> __m256 = {
-                let x = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+                let x = _mm256_cvtepu16_epi32(p.cast::<__m128i>().read_unaligned());
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))
             };
             load_u8(p: *const u8) -> __m256 = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())));
             load_i8(p: *const i8) -> __m256 = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast())));
-            load_i(p: *const u32) -> __m256i = _mm256_loadu_si256(p.cast());
+            load_i(p: *const u32) -> __m256i = p.cast::<__m256i>().read_unaligned();
             splat_i(x: u32) -> __m256i = _mm256_set1_epi32(x as i32);
             and(a: __m256i, b: __m256i) -> __m256i = _mm256_and_si256(a, b);
             or(a: __m256i, b: __m256i) -> __m256i = _mm256_or_si256(a, b);

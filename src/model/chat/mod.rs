@@ -116,7 +116,8 @@ impl ChatTemplate {
 
     /// The prompt for `messages` (OpenAI's objects with `role` and `content`)
     /// and `tools` (OpenAI's too); with `add_generation_prompt` it ends where
-    /// the assistant's answer begins.
+    /// the assistant's answer begins. The prompt spells out all of its special
+    /// tokens: encode it without adding any.
     ///
     /// A template may refuse messages, such as two of the same role in a row:
     /// the error says what it says.

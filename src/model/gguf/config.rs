@@ -136,6 +136,10 @@ pub fn read_config(gguf: &Gguf<'_>) -> Result<GgufConfig> {
     if let Some(kind) = text("general.type").filter(|kind| *kind != "model") {
         return Err(ModelError::field(gguf.file, "general.type", format!("\"{kind}\" is not a model")));
     }
+    if let Some(parts) = gguf.get("split.count").and_then(|v| v.as_u64()).filter(|n| *n > 1) {
+        let problem = format!("{parts}: the model is split over several files; merge them (llama-gguf-split --merge)");
+        return Err(ModelError::field(gguf.file, "split.count", problem));
+    }
     let metadata = Metadata { gguf, arch };
     refuse_unknown(&metadata)?;
 
@@ -221,7 +225,7 @@ fn attention(metadata: &Metadata<'_, '_>, hidden: usize) -> Result<AttentionShap
     }
     let head_dim = match metadata.count("attention.key_length", MAX_HEAD_DIM)? {
         Some(dim) => dim,
-        None if hidden % heads == 0 => hidden / heads,
+        None if hidden.is_multiple_of(heads) => hidden / heads,
         None => {
             let problem = format!("{heads} does not divide embedding_length ({hidden}) and there is no key_length");
             return Err(metadata.error("attention.head_count", problem));

@@ -266,7 +266,7 @@ pub fn parse<'a>(file: &'a str, bytes: &'a [u8]) -> Result<Gguf<'a>> {
 /// checks that the tensor ends inside it.
 fn place(tensor: &mut Tensor<'_>, file: &str, data: usize, alignment: usize, file_len: usize) -> Result<()> {
     let error = |problem: String| Err(ModelError::tensor(file, tensor.name, problem));
-    if tensor.start % alignment != 0 {
+    if !tensor.start.is_multiple_of(alignment) {
         return error(format!("its offset {} is not a multiple of the alignment {alignment}", tensor.start));
     }
     let Some(start) = data.checked_add(tensor.start).filter(|start| *start <= file_len) else {
@@ -275,7 +275,7 @@ fn place(tensor: &mut Tensor<'_>, file: &str, data: usize, alignment: usize, fil
     tensor.len = match dtype(tensor.kind) {
         None => None,
         Some(dtype) => {
-            if tensor.dims[0] % dtype.block_len() != 0 {
+            if !tensor.dims[0].is_multiple_of(dtype.block_len()) {
                 return error(format!("rows of {} are not whole blocks of {dtype}", tensor.dims[0]));
             }
             let Some(len) = dtype.bytes(tensor.elements()) else {
@@ -340,8 +340,11 @@ impl<'a> Reader<'a> {
     }
 
     fn str(&mut self, what: &str) -> Result<&'a str> {
-        let len = self.count(1, what)?;
-        let bytes = self.take(len, what)?;
+        let len = self.u64(what)?;
+        if len > self.left() as u64 {
+            return Err(self.error(format!("truncated or damaged: {what} claims {len} bytes")));
+        }
+        let bytes = self.take(len as usize, what)?;
         std::str::from_utf8(bytes).map_err(|_| self.error(format!("{what} is not UTF-8")))
     }
 

@@ -116,9 +116,9 @@ fn check(file: &str, tensor: &Tensor<'_>, (rows, cols): (usize, usize)) -> Resul
         );
         return Err(ModelError::tensor(file, tensor.name, problem));
     };
-    let fits = match tensor.dims.as_slice() {
-        &[c] => rows == 1 && c == cols,
-        &[c, r] => r == rows && c == cols,
+    let fits = match *tensor.dims.as_slice() {
+        [c] => rows == 1 && c == cols,
+        [c, r] => r == rows && c == cols,
         _ => false,
     };
     if !fits {

@@ -1,6 +1,5 @@
 use proptest::prelude::*;
 
-use super::source::check_all;
 use super::testing::{Field, Tensor, write};
 use super::*;
 use crate::device::tensor::DType;
@@ -48,13 +47,8 @@ fn bytes(fields: &[(String, Field<'_>)], tensors: &[Tensor<'_>]) -> Vec<u8> {
     write(&fields, tensors)
 }
 
-/// Everything that opening a file does with its bytes.
-fn open(bytes: &[u8]) -> crate::model::error::Result<GgufConfig> {
-    let parsed = parse("test.gguf", bytes)?;
-    let config = read_config(&parsed)?;
-    check_all(&parsed, &config.model, config.params)?;
-    crate::model::tokenizer::Tokenizer::from_gguf(&parsed)?;
-    Ok(config)
+fn open(bytes: &[u8]) -> Result<GgufConfig> {
+    check_file("test.gguf", bytes)
 }
 
 fn refused(fields: &[(String, Field<'_>)], tensors: &[Tensor<'_>]) -> String {
@@ -140,6 +134,8 @@ fn wrong_metadata_is_named() {
         ("llama.vocab_size", Field::U32(11), "10 rows"),
         ("llama.feed_forward_length", Field::I32s(vec![64, 32]), "differs between layers"),
         ("general.alignment", Field::U32(24), "power of two"),
+        ("general.type", Field::Str("adapter"), "not a model"),
+        ("split.count", Field::U32(2), "several files"),
     ] {
         let error = with(name, value);
         assert!(error.contains(name) && error.contains(said), "{name}: {error}");
@@ -192,8 +188,53 @@ fn counts_are_checked_before_memory_is_taken() {
     }
 }
 
+/// A file with nothing but a tokenizer.
+fn tokenizer_file(model: &'static str) -> Vec<u8> {
+    let tokens = vec!["<unk>", "<s>", "a", "b", "ab", "▁", "▁a", "Ġ", "Ġa", "Ġab", "<0x41>", "é"];
+    let fields = [
+        ("tokenizer.ggml.model", Field::Str(model)),
+        ("tokenizer.ggml.pre", Field::Str("llama-bpe")),
+        ("tokenizer.ggml.scores", Field::F32s((0..tokens.len()).map(|i| -(i as f32)).collect())),
+        ("tokenizer.ggml.token_type", Field::I32s(vec![2, 3, 1, 1, 1, 1, 1, 1, 1, 1, 6, 4])),
+        ("tokenizer.ggml.merges", Field::Strs(vec!["a b", "Ġ a", "Ġa b"])),
+        ("tokenizer.ggml.tokens", Field::Strs(tokens)),
+        ("tokenizer.ggml.bos_token_id", Field::U32(1)),
+    ];
+    write(&fields, &[])
+}
+
+fn tokenize(bytes: &[u8], text: &str) -> Result<Option<(Vec<u32>, String)>> {
+    let parsed = parse("test.gguf", bytes)?;
+    let Some(tokenizer) = Tokenizer::from_gguf(&parsed)? else { return Ok(None) };
+    let ids = tokenizer.encode(text, true)?;
+    let text = tokenizer.decode(&ids, false)?;
+    Ok(Some((ids, text)))
+}
+
+#[test]
+fn both_kinds_of_tokenizer_are_built() {
+    let (ids, text) = tokenize(&tokenizer_file("gpt2"), "ab ab").unwrap().unwrap();
+    assert_eq!((ids, text.as_str()), (vec![1, 4, 9], "<s>ab ab"));
+    let (ids, _) = tokenize(&tokenizer_file("llama"), "aA").unwrap().unwrap();
+    assert_eq!(ids, [1, 6, 10]);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn damaged_tokenizers_never_panic(
+        model in prop::sample::select(vec!["gpt2", "llama"]),
+        changes in prop::collection::vec((0usize..4096, any::<u8>()), 0..4),
+        text in "[ab A<s>é\\n😀0-9]{0,12}",
+    ) {
+        let mut file = tokenizer_file(model);
+        for (at, byte) in changes {
+            let at = at % file.len();
+            file[at] = byte;
+        }
+        let _ = tokenize(&file, &text);
+    }
 
     #[test]
     fn damaged_files_never_panic(

@@ -276,7 +276,7 @@ fn attention(fields: &Fields<'_>, family: Family, hidden: usize) -> Result<Atten
     let head_dim = match fields.count("head_dim", MAX_HEAD_DIM)? {
         Some(dim) => dim,
         None if family == Family::Qwen3 => 128,
-        None if hidden % heads == 0 => hidden / heads,
+        None if hidden.is_multiple_of(heads) => hidden / heads,
         None => {
             let problem = format!("{heads} does not divide hidden_size ({hidden}) and there is no head_dim");
             return Err(fields.error("num_attention_heads", problem));

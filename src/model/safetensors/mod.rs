@@ -15,7 +15,7 @@ use crate::model::weights::{LayerParam, Param, WeightSource};
 /// The model's weights in mapped safetensors files.
 pub struct SafetensorsWeights {
     files: Vec<Mapping>,
-    tensors: HashMap<Param, (usize, Extent)>,
+    tensors: Places,
     total: u64,
 }
 
@@ -50,6 +50,9 @@ pub fn tensor_name(param: Param) -> String {
     format!("model.layers.{layer}.{name}")
 }
 
+/// Each parameter's file and place in it.
+type Places = HashMap<Param, (usize, Extent)>;
+
 /// One tensor of a file: type, shape and byte range in the file.
 struct Found {
     file: usize,
@@ -72,21 +75,7 @@ impl SafetensorsWeights {
             files.push(mapping);
         }
         let names: Vec<&str> = files.iter().map(Mapping::name).collect();
-        let mut tensors = HashMap::new();
-        let mut total = 0u64;
-        for (param, shape) in params.all(config) {
-            let name = tensor_name(param);
-            let Some(tensor) = found.remove(&name) else {
-                let at = names.first().copied().unwrap_or("model.safetensors");
-                return Err(ModelError::tensor(at, name, "missing"));
-            };
-            let extent = check(names[tensor.file], &name, &tensor, shape)?;
-            total += extent.len as u64;
-            tensors.insert(param, (tensor.file, extent));
-        }
-        for (name, tensor) in &found {
-            refuse_unexpected(names[tensor.file], name, config)?;
-        }
+        let (tensors, total) = assign(&names, found, config, params)?;
         Ok(Self { files, tensors, total })
     }
 }
@@ -166,10 +155,37 @@ fn parse_header(file: &str, bytes: &[u8]) -> Result<Vec<(String, Found)>> {
     Ok(tensors.collect())
 }
 
-/// Names of the tensors in a safetensors file, for `inspect` and for fuzzing:
-/// any bytes give a list or an error.
-pub fn names(bytes: &[u8]) -> Result<Vec<String>> {
-    Ok(parse_header("safetensors", bytes)?.into_iter().map(|(name, _)| name).collect())
+/// Checks the bytes of one file against a configuration, as opening it does;
+/// bytes of all parameters. Any bytes give a result or an error.
+pub fn check_file(file: &str, bytes: &[u8], config: &ModelConfig, params: OptionalParams) -> Result<u64> {
+    let found = parse_header(file, bytes)?.into_iter().collect();
+    Ok(assign(&[file], found, config, params)?.1)
+}
+
+/// The model's parameters among what was found in the files called `names`:
+/// for each its file and where in it, and bytes of all.
+fn assign(
+    names: &[&str],
+    mut found: HashMap<String, Found>,
+    config: &ModelConfig,
+    params: OptionalParams,
+) -> Result<(Places, u64)> {
+    let mut tensors = HashMap::new();
+    let mut total = 0u64;
+    for (param, shape) in params.all(config) {
+        let name = tensor_name(param);
+        let Some(tensor) = found.remove(&name) else {
+            let at = names.first().copied().unwrap_or("model.safetensors");
+            return Err(ModelError::tensor(at, name, "missing"));
+        };
+        let extent = check(names[tensor.file], &name, &tensor, shape)?;
+        total += extent.len as u64;
+        tensors.insert(param, (tensor.file, extent));
+    }
+    for (name, tensor) in &found {
+        refuse_unexpected(names[tensor.file], name, config)?;
+    }
+    Ok((tensors, total))
 }
 
 fn check(file: &str, name: &str, tensor: &Found, (rows, cols): (usize, usize)) -> Result<Extent> {
@@ -182,9 +198,9 @@ fn check(file: &str, name: &str, tensor: &Found, (rows, cols): (usize, usize)) -
             return Err(ModelError::tensor(file, name, problem));
         }
     };
-    let fits = match tensor.shape.as_slice() {
-        &[n] => rows == 1 && n == cols,
-        &[r, c] => r == rows && c == cols,
+    let fits = match *tensor.shape.as_slice() {
+        [n] => rows == 1 && n == cols,
+        [r, c] => r == rows && c == cols,
         _ => false,
     };
     if !fits {

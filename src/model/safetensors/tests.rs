@@ -169,6 +169,7 @@ proptest! {
 
     #[test]
     fn any_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..256)) {
-        let _ = names(&bytes);
+        let config = hf::parse(&config(), None).unwrap();
+        prop_assert!(check_file("x", &bytes, &config.model, config.params).is_err());
     }
 }

@@ -35,8 +35,8 @@ pub use text::{TOY_SPECIALS, write_tokenizer};
 
 /// Most bytes of tensors in one file.
 const SHARD_BYTES: u64 = 4_000_000_000;
-/// Elements generated at a time.
-const CHUNK: usize = 1 << 16;
+/// Elements that one thread generates at a time.
+const CHUNK: usize = 1 << 19;
 
 /// splitmix64's output function on `x` plus its increment.
 fn splitmix64(x: u64) -> u64 {
@@ -86,6 +86,21 @@ impl Generator {
         let bits = splitmix64(self.key.wrapping_add(index)) >> 40;
         let u = bits as f32 * (1.0 / 8_388_608.0) - 1.0;
         self.base + self.amplitude * u
+    }
+
+    /// Elements from `first` on, little-endian, until `out` is full.
+    fn fill(&self, dtype: DType, first: u64, out: &mut [u8]) {
+        match dtype {
+            DType::F16 => self.fill_as(first, out, |x| half::f16::from_f32(x).to_le_bytes()),
+            DType::Bf16 => self.fill_as(first, out, |x| half::bf16::from_f32(x).to_le_bytes()),
+            _ => self.fill_as(first, out, f32::to_le_bytes),
+        }
+    }
+
+    fn fill_as<const N: usize>(&self, first: u64, out: &mut [u8], bytes: impl Fn(f32) -> [u8; N]) {
+        for (element, index) in out.as_chunks_mut::<N>().0.iter_mut().zip(first..) {
+            *element = bytes(self.at(index));
+        }
     }
 }
 
@@ -198,20 +213,27 @@ fn write_shard(path: &Path, tensors: &[Planned], dtype: DType) -> Result<()> {
     let mut out = BufWriter::with_capacity(1 << 20, File::create(path).map_err(io)?);
     out.write_all(&(header.len() as u64).to_le_bytes()).map_err(io)?;
     out.write_all(&header).map_err(io)?;
-    let mut chunk = Vec::with_capacity(CHUNK * dtype.block_bytes());
+    let size = dtype.block_bytes();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut batch = vec![0u8; threads * CHUNK * size];
     for tensor in tensors {
         let mut index = 0;
         while index < tensor.elements {
-            let end = tensor.elements.min(index + CHUNK as u64);
-            chunk.clear();
-            let values = (index..end).map(|i| tensor.generator.at(i));
-            match dtype {
-                DType::F16 => values.for_each(|x| chunk.extend(half::f16::from_f32(x).to_le_bytes())),
-                DType::Bf16 => values.for_each(|x| chunk.extend(half::bf16::from_f32(x).to_le_bytes())),
-                _ => values.for_each(|x| chunk.extend(x.to_le_bytes())),
-            }
-            out.write_all(&chunk).map_err(io)?;
-            index = end;
+            let elements = (tensor.elements - index).min((threads * CHUNK) as u64);
+            let batch = &mut batch[..elements as usize * size];
+            let generator = &tensor.generator;
+            std::thread::scope(|scope| {
+                let mut parts = batch.chunks_mut(CHUNK * size).zip((index..).step_by(CHUNK));
+                let own = parts.next();
+                for (part, first) in parts {
+                    scope.spawn(move || generator.fill(dtype, first, part));
+                }
+                if let Some((part, first)) = own {
+                    generator.fill(dtype, first, part);
+                }
+            });
+            out.write_all(batch).map_err(io)?;
+            index += elements;
         }
     }
     out.flush().map_err(io)

@@ -81,7 +81,7 @@ pub(super) fn build(gguf: &Gguf<'_>) -> Result<Option<Tokenizer>> {
         Some("gpt2") => byte_level(gguf, &tokens)?,
         Some("llama") => sentence_piece(gguf, &tokens, &kinds)?,
         _ => {
-            let problem = format!("{model:?} is not supported; \"gpt2\" and \"llama\" are");
+            let problem = format!("{:?} is not supported; \"gpt2\" and \"llama\" are", model.as_str().unwrap_or("?"));
             return Err(field("tokenizer.ggml.model", problem));
         }
     };

@@ -79,8 +79,13 @@ fn open_hf(dir: &Path) -> Result<ModelFiles> {
     let config = read_json(&dir.join("config.json"))?
         .ok_or_else(|| ModelError::file(&dir.display().to_string(), "has no config.json"))?;
     let generation = read_json(&dir.join("generation_config.json"))?;
-    let parsed = hf::parse(&config, generation.as_ref())?;
+    let mut parsed = hf::parse(&config, generation.as_ref())?;
     let tokenizer = Tokenizer::open(dir)?;
+    if parsed.model.eos.is_empty() {
+        // Neither file names an end: the tokenizer's, if the model can say it.
+        let eos = tokenizer.as_ref().and_then(Tokenizer::eos);
+        parsed.model.eos.extend(eos.filter(|id| (*id as usize) < parsed.model.vocab));
+    }
     let weights = SafetensorsWeights::open(dir, &parsed.model, parsed.params)?;
     Ok(ModelFiles {
         config: parsed.model,
@@ -137,3 +142,6 @@ fn name(path: &Path) -> String {
     let name = if whole.is_dir() { whole.file_name() } else { whole.file_stem() };
     name.map_or_else(|| "model".to_owned(), |n| n.to_string_lossy().into_owned())
 }
+
+#[cfg(test)]
+mod tests;

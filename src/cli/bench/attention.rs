@@ -1,0 +1,246 @@
+//! `distkv bench attention`: MicroAttention over paged KV on the CPU, beside
+//! the read bandwidth that the same threads reach in the same run.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use hdrhistogram::Histogram;
+
+use crate::device::cpu::bandwidth::ReadSweep;
+use crate::device::cpu::{CpuHolder, CpuOptions};
+use crate::device::{AttentionShape, AttnSeq, HolderKernel};
+use crate::kv::pool::KvPool;
+use crate::kv::rblock::{KvDtype, KvRun, KvShape};
+
+/// The floor is measured again before each of these rounds.
+const ROUNDS: u32 = 8;
+
+/// What to measure.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Args {
+    /// Query heads.
+    #[arg(long, default_value_t = 32)]
+    pub heads: usize,
+    /// Key/value heads; divides the query heads.
+    #[arg(long, default_value_t = 8)]
+    pub kv_heads: usize,
+    /// Elements a head.
+    #[arg(long, default_value_t = 128)]
+    pub head_dim: usize,
+    /// Tokens in each sequence's KV.
+    #[arg(long, default_value_t = 8192)]
+    pub depth: usize,
+    /// Sequences.
+    #[arg(long, default_value_t = 1)]
+    pub batch: usize,
+    /// Query rows of each sequence: 1 is decode, more a chunk of a prompt.
+    #[arg(long, default_value_t = 1)]
+    pub rows: usize,
+    /// Element type of the KV: bf16, f16 or f32.
+    #[arg(long, default_value = "bf16", value_parser = kv_dtype)]
+    pub kv_dtype: KvDtype,
+    /// Tokens of an rBlock.
+    #[arg(long, default_value_t = crate::kv::rblock::DEFAULT_BLOCK_TOKENS)]
+    pub block_tokens: usize,
+    /// Threads; as many as there are cores unless given.
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// KV that the iterations rotate over, at least, in MiB: less than a few times
+    /// the last-level cache lets the cache answer.
+    #[arg(long, default_value_t = 1024)]
+    pub rotation: usize,
+    /// How long to measure, in seconds.
+    #[arg(long, default_value_t = 5.0)]
+    pub seconds: f64,
+}
+
+fn kv_dtype(name: &str) -> Result<KvDtype, String> {
+    match name {
+        "bf16" => Ok(KvDtype::Bf16),
+        "f16" => Ok(KvDtype::F16),
+        "f32" => Ok(KvDtype::F32),
+        _ => Err("it may be bf16, f16 or f32".into()),
+    }
+}
+
+/// What was measured: times in nanoseconds, and figures (name, value, unit).
+pub struct Figures {
+    /// One value an iteration.
+    pub histograms: Vec<(String, Histogram<u64>)>,
+    /// Derived from the medians.
+    pub values: Vec<(String, f64, &'static str)>,
+}
+
+/// Measures and prints a table.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let figures = measure(&args)?;
+    for (name, histogram) in &figures.histograms {
+        let us = |q| histogram.value_at_quantile(q) as f64 / 1e3;
+        println!(
+            "{name:<24} n {:>6}  min {:>10.1}  p50 {:>10.1}  p90 {:>10.1}  p99 {:>10.1}  max {:>10.1} µs",
+            histogram.len(),
+            histogram.min() as f64 / 1e3,
+            us(0.5),
+            us(0.9),
+            us(0.99),
+            histogram.max() as f64 / 1e3
+        );
+    }
+    for (name, value, unit) in &figures.values {
+        println!("{name:<24} {value:>12.3} {unit}");
+    }
+    Ok(())
+}
+
+/// Measures.
+pub fn measure(args: &Args) -> anyhow::Result<Figures> {
+    ensure!(args.kv_heads > 0 && args.heads % args.kv_heads == 0, "--kv-heads must divide --heads");
+    ensure!(args.head_dim > 0 && args.head_dim % 2 == 0, "--head-dim must be even");
+    ensure!(
+        args.batch > 0 && args.rows > 0 && args.block_tokens > 0,
+        "--batch, --rows and --block-tokens must be over 0"
+    );
+    ensure!(args.depth >= args.rows, "--depth must be at least --rows");
+    let options = CpuOptions::default();
+    let threads = args.threads.unwrap_or(options.threads);
+    let shape = AttentionShape {
+        heads: args.heads,
+        kv_heads: args.kv_heads,
+        head_dim: args.head_dim,
+        scale: 1.0 / (args.head_dim as f32).sqrt(),
+    };
+    let mut kv = KvShape {
+        layers: 1,
+        kv_heads: u32::try_from(args.kv_heads)?,
+        head_dim: u32::try_from(args.head_dim)?,
+        block_tokens: u32::try_from(args.block_tokens)?,
+        dtype: args.kv_dtype,
+    };
+    let blocks = args.batch * kv.blocks_for(args.depth);
+    // Layers are what rotates.
+    kv.layers = u32::try_from((args.rotation << 20).div_ceil(blocks * kv.layer_bytes()).max(1))?;
+    let pool = Arc::new(KvPool::new(kv, u32::try_from(blocks)?).context("allocating the KV")?);
+    fill(&pool, args.kv_dtype)?;
+    let (seqs, runs) = layout(args, blocks);
+    let rows = args.batch * args.rows;
+    let q: Vec<f32> = (0..rows * shape.q_width()).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
+    let mut o = vec![0.0; q.len()];
+    let mut lse = vec![0.0; rows * shape.heads];
+    let mut device = CpuHolder::new(CpuOptions { threads, ..options })?;
+    let mut sweep = ReadSweep::new(threads)?;
+    let mut times = Histogram::<u64>::new(3)?;
+    let mut floors = Vec::new();
+    let mut layers = (0..kv.layers as usize).cycle();
+    let mut attend = |layer| {
+        device.micro_attention(&shape, None, layer, &pool, &q, &seqs, &runs, &mut o, &mut lse);
+    };
+    attend(0);
+    for _ in 0..ROUNDS {
+        floors.push(sweep.sweep());
+        let end = Instant::now() + Duration::from_secs_f64(args.seconds / f64::from(ROUNDS));
+        while Instant::now() < end {
+            let layer = layers.next().unwrap_or(0);
+            let start = Instant::now();
+            attend(layer);
+            times.record(start.elapsed().as_nanos().try_into()?)?;
+        }
+    }
+    floors.sort_by(f64::total_cmp);
+    let floor = floors[floors.len() / 2];
+    let bytes = (args.batch * args.depth * kv.token_bytes() / kv.layers as usize) as f64;
+    let seconds = times.value_at_quantile(0.5) as f64 / 1e9;
+    // Pairs of a row and a key it sees; each costs a product with K and with V.
+    let seen = args.rows * (args.depth - args.rows) + args.rows * (args.rows + 1) / 2;
+    let flops = (4 * args.batch * seen * args.heads * args.head_dim) as f64;
+    Ok(Figures {
+        histograms: vec![("attention".into(), times)],
+        values: vec![
+            ("threads".into(), threads as f64, ""),
+            ("kv bytes".into(), bytes / 1e6, "MB"),
+            ("rotation".into(), bytes * f64::from(kv.layers) / 1e9, "GB"),
+            ("kv read".into(), bytes / seconds / 1e9, "GB/s"),
+            ("read bandwidth".into(), floor / 1e9, "GB/s"),
+            ("share of bandwidth".into(), bytes / seconds / floor, ""),
+            ("arithmetic".into(), flops / seconds / 1e9, "GFLOP/s"),
+        ],
+    })
+}
+
+/// Each sequence's blocks, scattered over the pool as a pool in use has them.
+fn layout(args: &Args, blocks: usize) -> (Vec<AttnSeq>, Vec<KvRun>) {
+    let each = blocks / args.batch;
+    let mut order: Vec<u32> = (0..blocks as u32).collect();
+    order.sort_by_key(|block| u64::from(*block).wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 24);
+    let runs = order
+        .iter()
+        .enumerate()
+        .map(|(i, &block)| {
+            let position = i % each * args.block_tokens;
+            let tokens = (args.depth - position).min(args.block_tokens);
+            KvRun { block, position: position as u32, tokens: tokens as u32 }
+        })
+        .collect();
+    let seqs = (0..args.batch)
+        .map(|i| AttnSeq {
+            row: (i * args.rows) as u32,
+            rows: args.rows as u32,
+            position: (args.depth - args.rows) as u32,
+            run: (i * each) as u32,
+            runs: each as u32,
+        })
+        .collect();
+    (seqs, runs)
+}
+
+/// Random values in −1 ..= 1 everywhere: zeros would be shared pages.
+fn fill(pool: &KvPool, dtype: KvDtype) -> anyhow::Result<()> {
+    let mut state = 1u64;
+    let mut chunk = Vec::with_capacity(1 << 20);
+    while chunk.len() < 1 << 20 {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let x = (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
+        match dtype {
+            KvDtype::Bf16 => chunk.extend(half::bf16::from_f32(x).to_le_bytes()),
+            KvDtype::F16 => chunk.extend(half::f16::from_f32(x).to_le_bytes()),
+            KvDtype::F32 => chunk.extend(x.to_le_bytes()),
+        }
+    }
+    let len = pool.memory().len();
+    for offset in (0..len).step_by(chunk.len()) {
+        pool.memory().write(offset, &chunk[..chunk.len().min(len - offset)])?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_token_of_every_sequence_has_its_place() {
+        let args = Args {
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 8,
+            depth: 50,
+            batch: 3,
+            rows: 2,
+            kv_dtype: KvDtype::F32,
+            block_tokens: 16,
+            threads: Some(1),
+            rotation: 1,
+            seconds: 0.1,
+        };
+        let (seqs, runs) = layout(&args, 12);
+        let mut blocks: Vec<u32> = runs.iter().map(|r| r.block).collect();
+        blocks.sort_unstable();
+        assert_eq!(blocks, (0..12).collect::<Vec<_>>());
+        for seq in &seqs {
+            let runs = &runs[seq.run as usize..][..seq.runs as usize];
+            assert_eq!(runs.iter().map(|r| r.tokens).sum::<u32>(), 50);
+            assert!(runs.windows(2).all(|w| w[0].position + w[0].tokens == w[1].position));
+            assert_eq!(seq.position + seq.rows, 50);
+        }
+    }
+}
