@@ -80,10 +80,12 @@ impl<D: Device> Transformer<D> {
         mut progress: impl FnMut(u64),
     ) -> Result<Self, LoadError> {
         let mut loader = Loader { device, source, loaded: 0, progress: &mut progress };
+        // The largest first: while a tensor is packed it is in memory twice, and
+        // that must not come on top of everything else.
         let embedding = loader.matrix(&[Param::Embedding])?;
+        let lm_head = if config.tied_embeddings { None } else { Some(loader.matrix(&[Param::LmHead])?) };
         let layers = (0..config.layers).map(|layer| loader.layer(layer)).collect::<Result<Vec<_>, _>>()?;
         let final_norm = loader.vector(&[Param::FinalNorm])?;
-        let lm_head = if config.tied_embeddings { None } else { Some(loader.matrix(&[Param::LmHead])?) };
 
         let shape = &config.attention;
         let scratch = Scratch {

@@ -5,3 +5,5 @@
 pub mod batch;
 pub mod scheduler;
 pub mod sequence;
+#[cfg(test)]
+mod tests;
