@@ -4,8 +4,9 @@ set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 CACHE="$ROOT/.cache"
 DEMO_MODEL="${DEMO_MODEL:-$CACHE/models/SmolLM2-135M-Instruct.Q4_1.gguf}"
-# A toolchain that setup installed is found by scripts whose shell does not know it.
-export PATH="$PATH:${CARGO_HOME:-$HOME/.cargo}/bin"
+# A toolchain that setup installed is found by scripts whose shell does not know
+# it, and before an older one of the system's.
+export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
 
 if [ -t 2 ]; then bold=$'\033[1m' plain=$'\033[0m'; else bold="" plain=""; fi
 say() { printf '\n%s== %s%s\n' "$bold" "$*" "$plain" >&2; }
