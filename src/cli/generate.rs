@@ -7,9 +7,12 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
+use hdrhistogram::Histogram;
 use serde_json::json;
 
+use super::bench::report::Report;
 use super::options::{EngineOptions, FabricOptions, open_model};
+use crate::attention::exchange::Stage;
 use crate::engine::{FinishReason, Output, Request};
 use crate::model::sampler::SamplingParams;
 use crate::node::Node;
@@ -53,6 +56,9 @@ pub struct Args {
     /// KV memory of each node, in tokens; by default the model's longest context.
     #[arg(long)]
     kv_tokens_per_node: Option<usize>,
+    /// Show what remote exchanges cost by stage.
+    #[arg(long)]
+    stages: bool,
     /// One JSON object instead of text.
     #[arg(long)]
     json: bool,
@@ -138,6 +144,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     emit(&args, &rest)?;
     out.push_str(&rest);
     let stats = node.stats();
+    let exchange = node.exchange().histograms();
     node.stop();
     lenders.into_iter().for_each(Node::stop);
 
@@ -161,6 +168,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             "text": out,
             "finish_reason": finish,
             "timings": timings,
+            "exchange": stages_json(&exchange),
         });
         println!("{object}");
     } else {
@@ -174,8 +182,31 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             shape.block_tokens,
             args.nodes,
         );
+        if args.stages {
+            let mut report = Report::new("cost of a remote exchange (a layer and creditor) by stage");
+            exchange.into_iter().for_each(|(stage, times)| report.latency(stage.name(), times));
+            eprint!("{}", report.table());
+        }
     }
     Ok(())
+}
+
+fn stages_json(stages: &[(Stage, Histogram<u64>)]) -> serde_json::Value {
+    let us = |ns: u64| ns as f64 / 1e3;
+    stages
+        .iter()
+        .filter(|(_, h)| !h.is_empty())
+        .map(|(stage, h)| {
+            let figures = json!({
+                "count": h.len(),
+                "p50_us": us(h.value_at_quantile(0.5)),
+                "p99_us": us(h.value_at_quantile(0.99)),
+                "min_us": us(h.min()),
+            });
+            (stage.name().to_string(), figures)
+        })
+        .collect::<serde_json::Map<_, _>>()
+        .into()
 }
 
 fn prompt_text(args: &Args) -> anyhow::Result<String> {

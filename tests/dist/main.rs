@@ -1,5 +1,6 @@
 //! DistAttention end to end: a cluster's answers are one big node's answers.
 
+#[path = "../common/cluster.rs"]
 mod cluster;
 
 use cluster::{Cluster, Logits, Setup, model, outcome, prompt, tokens, until};

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use hdrhistogram::Histogram;
 
+use super::report::{Output, Report};
 use crate::device::cpu::bandwidth::ReadSweep;
 use crate::device::cpu::{CpuHolder, CpuOptions};
 use crate::device::{AttentionShape, AttnSeq, HolderKernel};
@@ -53,6 +54,9 @@ pub struct Args {
     /// How long to measure, in seconds.
     #[arg(long, default_value_t = 5.0)]
     pub seconds: f64,
+    /// Where the results go.
+    #[command(flatten)]
+    pub output: Output,
 }
 
 fn kv_dtype(name: &str) -> Result<KvDtype, String> {
@@ -72,25 +76,16 @@ pub struct Figures {
     pub values: Vec<(String, f64, &'static str)>,
 }
 
-/// Measures and prints a table.
+/// Measures and reports.
 pub fn run(args: Args) -> anyhow::Result<()> {
     let figures = measure(&args)?;
-    for (name, histogram) in &figures.histograms {
-        let us = |q| histogram.value_at_quantile(q) as f64 / 1e3;
-        println!(
-            "{name:<24} n {:>6}  min {:>10.1}  p50 {:>10.1}  p90 {:>10.1}  p99 {:>10.1}  max {:>10.1} µs",
-            histogram.len(),
-            histogram.min() as f64 / 1e3,
-            us(0.5),
-            us(0.9),
-            us(0.99),
-            histogram.max() as f64 / 1e3
-        );
-    }
-    for (name, value, unit) in &figures.values {
-        println!("{name:<24} {value:>12.3} {unit}");
-    }
-    Ok(())
+    let mut report = Report::new(format!(
+        "MicroAttention: {} query heads, {} kv heads, head_dim {}, depth {}, batch {}, rows {}, {:?} KV",
+        args.heads, args.kv_heads, args.head_dim, args.depth, args.batch, args.rows, args.kv_dtype
+    ));
+    figures.histograms.into_iter().for_each(|(name, times)| report.latency(name, times));
+    figures.values.into_iter().for_each(|(name, value, unit)| report.figure(name, value, unit));
+    report.emit(&args.output)
 }
 
 /// Measures.
@@ -231,6 +226,7 @@ mod tests {
             threads: Some(1),
             rotation: 1,
             seconds: 0.1,
+            output: Output::default(),
         };
         let (seqs, runs) = layout(&args, 12);
         let mut blocks: Vec<u32> = runs.iter().map(|r| r.block).collect();

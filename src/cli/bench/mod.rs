@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod fabric;
+pub mod model;
 pub mod report;
 
 use clap::Subcommand;
@@ -19,6 +20,8 @@ enum What {
     Attention(attention::Args),
     /// Latency, bandwidth and message rate of the fabric's transports.
     Fabric(fabric::Args),
+    /// Prefill and decode of a model by batch and depth beside its memory floor.
+    Model(Box<model::Args>),
 }
 
 /// Runs the subcommand.
@@ -26,5 +29,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     match args.what {
         What::Attention(args) => attention::run(args),
         What::Fabric(args) => fabric::run(args),
+        What::Model(args) => model::run(*args),
     }
 }

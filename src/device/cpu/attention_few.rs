@@ -68,14 +68,13 @@ impl Kernel for Few<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd, const V: usize>(self) {
-        // The element type is decided once, outside the loops.
+        // The usual type is compiled apart; the others share a copy.
         // SAFETY: the fields are as they say.
         unsafe {
-            match self.kv.dtype {
-                KvDtype::Bf16 if self.kv.head_dim % (2 * S::LANES) == 0 => self.walk::<S, true>(KvDtype::Bf16),
-                KvDtype::Bf16 => self.walk::<S, false>(KvDtype::Bf16),
-                KvDtype::F16 => self.walk::<S, false>(KvDtype::F16),
-                KvDtype::F32 => self.walk::<S, false>(KvDtype::F32),
+            if self.kv.dtype == KvDtype::Bf16 && self.kv.head_dim % (2 * S::LANES) == 0 && !S::PLAIN {
+                self.walk::<S, true>(KvDtype::Bf16);
+            } else {
+                self.walk::<S, false>(self.kv.dtype);
             }
         }
     }

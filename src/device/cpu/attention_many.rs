@@ -10,7 +10,7 @@ use super::attention::Partials;
 use super::gemm::micro;
 use super::kv_view::{KvView, widen};
 use super::simd::{Kernel, PANEL, Simd};
-use crate::kv::rblock::{KvDtype, KvRun};
+use crate::kv::rblock::KvRun;
 
 /// Query vectors of an item.
 pub(super) const LANES: usize = 2 * PANEL;
@@ -112,20 +112,8 @@ impl Kernel for Many<'_> {
                     let key = block.add(self.head * kv.head_bytes + token as usize * kv.row_bytes());
                     let value = key.add(kv.kv_heads * kv.head_bytes);
                     let (to_key, to_value) = (place.keys.add(count * padded), place.values.add(count * padded));
-                    match kv.dtype {
-                        KvDtype::Bf16 => {
-                            widen::<S>(key, d, KvDtype::Bf16, key.wrapping_offset(ahead), to_key, S::LANES);
-                            widen::<S>(value, d, KvDtype::Bf16, value.wrapping_offset(ahead), to_value, S::LANES);
-                        }
-                        KvDtype::F16 => {
-                            widen::<S>(key, d, KvDtype::F16, key.wrapping_offset(ahead), to_key, S::LANES);
-                            widen::<S>(value, d, KvDtype::F16, value.wrapping_offset(ahead), to_value, S::LANES);
-                        }
-                        KvDtype::F32 => {
-                            widen::<S>(key, d, KvDtype::F32, key.wrapping_offset(ahead), to_key, S::LANES);
-                            widen::<S>(value, d, KvDtype::F32, value.wrapping_offset(ahead), to_value, S::LANES);
-                        }
-                    }
+                    widen::<S>(key, d, kv.dtype, key.wrapping_offset(ahead), to_key, S::LANES);
+                    widen::<S>(value, d, kv.dtype, value.wrapping_offset(ahead), to_value, S::LANES);
                     positions[count] = run.position + token;
                     count += 1;
                     if count == TOKENS {

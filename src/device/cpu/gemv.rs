@@ -39,8 +39,11 @@ impl Kernel for Gemv<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd, const V: usize>(self) {
-        // SAFETY: the fields are as they say.
-        with_format!(self.segment.dtype, F => unsafe { self.panels::<F, S, V>() });
+        // Without vectors nothing is gained over `gemm`, which `product` uses.
+        if !S::PLAIN {
+            // SAFETY: the fields are as they say.
+            with_format!(self.segment.dtype, F => unsafe { self.panels::<F, S, V>() });
+        }
     }
 }
 
@@ -49,20 +52,18 @@ impl Gemv<'_> {
     unsafe fn panels<F: Format, S: Simd, const V: usize>(self) {
         for panel in self.panels.clone() {
             let mut row = 0;
-            // Sixteen registers hold two rows of four vectors, 32 hold eight of two.
-            let wide = V == 2;
+            // Sixteen registers hold two rows of four vectors; of two vectors
+            // four rows do. (More kinds of block would cost a minute of every
+            // build and gain little: the second one finds the panel in cache.)
             while row < self.rows {
-                let left = self.rows - row;
                 // SAFETY: the rows exist.
                 row += unsafe {
-                    if wide && left > 4 {
-                        self.block::<F, S, V, 8>(panel, row)
-                    } else if wide && left > 2 {
-                        self.block::<F, S, V, 4>(panel, row)
-                    } else if left > 1 {
-                        self.block::<F, S, V, 2>(panel, row)
-                    } else {
+                    if self.rows - row == 1 {
                         self.block::<F, S, V, 1>(panel, row)
+                    } else if V == 2 {
+                        self.block::<F, S, V, 4>(panel, row)
+                    } else {
+                        self.block::<F, S, V, 2>(panel, row)
                     }
                 };
             }
@@ -86,7 +87,7 @@ impl Gemv<'_> {
             let mut other = [[S::splat(0.0); V]; R];
             let mut group = weights.as_ptr();
             let mut left = self.segment.groups;
-            while left >= 2 && F::K < 256 && R * V <= 8 {
+            while left >= 2 && F::K <= 2 && R == 1 {
                 step::<F, S, V, R>(group, &mut x, &mut sums, &mut acc);
                 step::<F, S, V, R>(group.add(F::BYTES), &mut x, &mut sums, &mut other);
                 group = group.add(2 * F::BYTES);

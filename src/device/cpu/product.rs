@@ -45,7 +45,7 @@ impl Products {
     /// step need not.
     pub fn reserve(&mut self, rows: usize, weight: &Matrix) -> Result<()> {
         let few = rows.min(FEW_ROWS) * weight.cols().next_multiple_of(DEPTH);
-        let many = if rows > FEW_ROWS { packed_len(rows, weight.cols()) } else { 0 };
+        let many = if rows > FEW_ROWS || self.isa == Isa::Portable { packed_len(rows, weight.cols()) } else { 0 };
         self.sums.grow(few / SUM * 4)?;
         self.packed.grow(few.max(many) * 4)
     }
@@ -63,7 +63,7 @@ impl Products {
             out.cols()
         );
         assert!(bias.is_none_or(|b| b.as_slice().len() == weight.outs()), "a bias of another width");
-        if *rows <= FEW_ROWS {
+        if *rows <= FEW_ROWS && self.isa != Isa::Portable {
             self.few(threads, job);
         } else {
             self.many(threads, job);

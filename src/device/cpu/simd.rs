@@ -80,6 +80,8 @@ pub(super) const PANEL: usize = 32;
 /// named, with no alignment needed.
 pub(super) trait Simd: Copy + Send + Sync + 'static {
     const LANES: usize;
+    /// Whether it is arrays only.
+    const PLAIN: bool = false;
     type F: Copy;
     type I: Copy;
 
@@ -413,6 +415,7 @@ fn map<A: Copy, B: Copy, C>(a: [A; 8], b: [B; 8], f: impl Fn(A, B) -> C) -> [C; 
 
 impl Simd for Plain {
     const LANES: usize = 8;
+    const PLAIN: bool = true;
     type F = [f32; 8];
     type I = [u32; 8];
 

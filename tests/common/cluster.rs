@@ -1,5 +1,6 @@
 //! A small cluster inside the test's process: node 0 runs a model, the others
 //! lend memory to it.
+#![allow(dead_code, reason = "each test file uses its part")]
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
@@ -62,12 +63,13 @@ pub struct Setup {
     /// KV tokens of node 0, then of each lender.
     pub tokens: Vec<usize>,
     pub chunk: usize,
+    pub threads: usize,
     pub tuning: Tuning,
 }
 
 impl Setup {
     pub fn new(fabric: FabricChoice, kv_dtype: KvDtype, tokens: &[usize]) -> Self {
-        Self { fabric, kv_dtype, tokens: tokens.to_vec(), chunk: 128, tuning: Tuning::default() }
+        Self { fabric, kv_dtype, tokens: tokens.to_vec(), chunk: 128, threads: 1, tuning: Tuning::default() }
     }
 
     pub fn start(&self, files: &ModelFiles) -> Cluster {
@@ -96,7 +98,7 @@ impl Setup {
             kv_dtype: self.kv_dtype,
             block_tokens: 16,
             kv_bytes: bytes(self.tokens[0]),
-            threads: 1,
+            threads: self.threads,
             math: Math::Exact,
             schedule: SchedulerConfig {
                 max_rows: self.chunk + max_sequences,
