@@ -1,8 +1,6 @@
 //! The golden models of `tests/golden/models`, made by `scripts/goldens.py`.
 //!
 //! Use it as `#[path = "common/golden.rs"] mod golden;`.
-// Each test reads its own part of the file.
-#![allow(dead_code)]
 
 use std::path::{Path, PathBuf};
 

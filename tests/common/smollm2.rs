@@ -2,8 +2,6 @@
 //! `scripts/setup` fetches.
 //!
 //! Use it as `#[path = "common/smollm2.rs"] mod smollm2;`.
-// Each test reads its own part of the file.
-#![allow(dead_code)]
 
 use std::path::{Path, PathBuf};
 
