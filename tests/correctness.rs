@@ -1,7 +1,6 @@
 //! Our logits and tokens against other programs': transformers in f32 on small
 //! seeded models of every family and option, llama.cpp on the real model.
 
-#[allow(dead_code)] // each test reads its own part
 #[path = "common/cluster.rs"]
 mod cluster;
 #[allow(dead_code)] // each test reads its own part
