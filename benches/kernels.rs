@@ -152,6 +152,7 @@ fn attention() {
             threads: Some(THREADS),
             rotation: if cached { 1 } else { 1024 },
             seconds: 1.5,
+            output: Default::default(),
         };
         run(args).unwrap();
     }

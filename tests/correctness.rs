@@ -3,8 +3,10 @@
 
 #[path = "common/cluster.rs"]
 mod cluster;
+#[allow(dead_code)] // each test reads its own part
 #[path = "common/golden.rs"]
 mod golden;
+#[allow(dead_code)] // each test reads its own part
 #[path = "common/smollm2.rs"]
 mod smollm2;
 

@@ -1,7 +1,7 @@
 //! Options that several subcommands share.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -221,7 +221,7 @@ impl FabricOptions {
 }
 
 /// Opens a model, with its path in the error.
-pub fn open_model(path: &PathBuf) -> anyhow::Result<ModelFiles> {
+pub fn open_model(path: &Path) -> anyhow::Result<ModelFiles> {
     crate::model::load::open(path).with_context(|| format!("--model {}", path.display()))
 }
 

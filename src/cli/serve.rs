@@ -106,7 +106,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let http = listener.local_addr()?.to_string();
     let config = node_config(&args, rank.as_ref(), http)?;
 
-    let files = args.model.as_ref().map(open_model).transpose()?;
+    let files = args.model.as_deref().map(open_model).transpose()?;
     let kv_bytes = kv_bytes(&args, files.as_ref())?;
     let node = match &files {
         Some(files) => {

@@ -49,7 +49,7 @@ impl DType {
     /// Bytes of `elements` elements; `None` where they do not fill whole blocks
     /// or the size overflows.
     pub fn bytes(self, elements: usize) -> Option<usize> {
-        if elements % self.block_len() != 0 {
+        if !elements.is_multiple_of(self.block_len()) {
             return None;
         }
         (elements / self.block_len()).checked_mul(self.block_bytes())
