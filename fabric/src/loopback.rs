@@ -2,7 +2,7 @@
 //! own.
 //!
 //! It behaves as a network would. Messages and headers are encoded and decoded
-//! with the same [`frame`](crate::frame) codec as tcp's; the receiver checks
+//! with the same [`frame`] codec as tcp's; the receiver checks
 //! key, range and guard; and the bytes of a write are fetched from their source
 //! only when the receiver polls, so that a caller who reuses a source too early
 //! sees here what it would see on a NIC.

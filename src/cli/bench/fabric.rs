@@ -52,9 +52,10 @@ const SLOTS: usize = 8;
 /// Unacknowledged writes of a stream, and how many one acknowledgement covers.
 const WINDOW: u64 = 256;
 const ACK: u64 = 32;
-/// Rounds of tcp and floor take turns this often, so that a disturbance hits
-/// both.
-const TURNS: u32 = 10;
+/// Round trips in a turn, and the fewest turns. Transport and floor take turns
+/// this short so that a disturbance hits both.
+const TURN: u32 = 200;
+const MIN_TURNS: u32 = 5;
 /// Round trips that are not counted.
 const WARM: u32 = 200;
 
@@ -129,14 +130,14 @@ fn measure(kind: Kind, args: &Args, report: &mut Report) -> Result<()> {
     let mut floor = if kind == Kind::Tcp { Some(side.open_floor()?) } else { None };
     for &size in &args.size {
         eprintln!("{kind}: {size} B");
-        // How many round trips the time allows.
-        let mut probe = histogram();
-        side.ping(size, WARM, &mut probe)?;
-        // The median: one preemption must not shorten the measurement.
-        let one = probe.value_at_quantile(0.5).max(1);
-        let rounds = (budget.as_nanos() as f64 / one as f64).clamp(200.0, 2e6) as u32 / TURNS;
+        side.ping(size, WARM, &mut histogram())?;
         let (mut own, mut bare) = (histogram(), histogram());
-        for _ in 0..TURNS {
+        // By time and not by count: on a busy machine a spinner gets its core
+        // only now and then.
+        let rounds = if size > 64 << 10 { TURN / 10 } else { TURN };
+        let (start, mut turns) = (Instant::now(), 0);
+        while turns < MIN_TURNS || start.elapsed() < budget {
+            turns += 1;
             side.ping(size, rounds, &mut own)?;
             if let Some(stream) = &mut floor {
                 side.ping_floor(stream, size, rounds, &mut bare)?;

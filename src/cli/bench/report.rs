@@ -106,9 +106,10 @@ impl Report {
         let mut text = format!("{}\n", self.title);
         let wide = |names: &mut dyn Iterator<Item = &String>| names.map(|n| n.chars().count()).max().unwrap_or(0);
         if !self.latencies.is_empty() {
-            let name = wide(&mut self.latencies.iter().map(|l| &l.name));
+            let head = "latency, µs";
+            let name = wide(&mut self.latencies.iter().map(|l| &l.name)).max(head.chars().count());
             let with_bytes = self.latencies.iter().any(|l| l.bytes.is_some());
-            let _ = write!(text, "\n{:name$}  {:>9}  {:>9}", "latency, µs", "samples", "min");
+            let _ = write!(text, "\n{head:name$}  {:>9}  {:>9}", "samples", "min");
             for (percentile, _) in PERCENTILES {
                 let _ = write!(text, "  {percentile:>9}");
             }
