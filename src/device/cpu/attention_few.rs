@@ -36,7 +36,7 @@ pub(super) struct Few<'a> {
 const VALUES: usize = 16;
 /// Bytes ahead that are asked for: far enough to hide the memory's latency, near
 /// enough to find the lines still in the first-level cache.
-const AHEAD: usize = 8192;
+const AHEAD: usize = 2048;
 
 /// A block, read from its first byte to its last, and where it goes on.
 struct Stream {

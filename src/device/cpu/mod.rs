@@ -1,5 +1,6 @@
 //! The CPU device.
 
+mod amx;
 mod attention;
 mod attention_few;
 mod attention_many;
@@ -50,7 +51,9 @@ pub enum Math {
     /// depend on the rows beside it beyond the order of f32 sums.
     #[default]
     Exact,
-    /// bf16 or int8 activations where they are faster.
+    /// bf16 activations and weights in products of many rows, where the processor
+    /// has a matrix unit for them (AMX); exact otherwise, and in decode, which
+    /// reading the weights bounds.
     Fast,
 }
 
@@ -107,7 +110,12 @@ impl Device for CpuDevice {
     type Buffer = Buffer;
 
     fn describe(&self) -> String {
-        format!("cpu ({:?}, {:?} math, {} threads)", self.isa, self.options.math, self.threads.threads())
+        let math = match self.options.math {
+            Math::Exact => "exact f32 activations",
+            Math::Fast if self.products.amx() => "bf16 prefill on AMX",
+            Math::Fast => "exact f32 activations, as there is no AMX",
+        };
+        format!("cpu ({:?}, {math}, {} threads)", self.isa, self.threads.threads())
     }
 
     fn load_matrix(&mut self, parts: &[RawTensor<'_>]) -> Result<Matrix> {

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::Math;
+use super::amx::{self, AmxGemm};
 use super::buffer::{Aligned, Buffer, Shared, Vector};
 use super::format::SUM;
 use super::gemm::{DEPTH, Gemm, PackTile, SCRATCH, TILE, packed_len};
@@ -27,8 +28,8 @@ pub(super) struct Linear<'a> {
 /// Memory that products work in.
 pub(super) struct Products {
     isa: Isa,
-    #[allow(dead_code)]
-    math: Math,
+    /// Products of many rows go to the matrix unit.
+    amx: bool,
     /// Activations packed for many rows, or padded for few.
     packed: Aligned,
     sums: Aligned,
@@ -38,7 +39,13 @@ pub(super) struct Products {
 impl Products {
     pub fn new(isa: Isa, math: Math, threads: usize) -> Result<Self> {
         let scratch = (0..threads).map(|_| Aligned::zeroed(SCRATCH)).collect::<Result<_>>()?;
-        Ok(Self { isa, math, packed: Aligned::default(), sums: Aligned::default(), scratch })
+        let amx = math == Math::Fast && isa == Isa::Avx512 && amx::available();
+        Ok(Self { isa, amx, packed: Aligned::default(), sums: Aligned::default(), scratch })
+    }
+
+    /// Whether [`Math::Fast`] differs from exact here.
+    pub fn amx(&self) -> bool {
+        self.amx
     }
 
     /// Makes room for products of up to `rows` rows with `weight`, so that a
@@ -47,6 +54,11 @@ impl Products {
         let few = rows.min(FEW_ROWS) * weight.cols().next_multiple_of(DEPTH);
         let many = if rows > FEW_ROWS || self.isa == Isa::Portable { packed_len(rows, weight.cols()) } else { 0 };
         self.sums.grow(few / SUM * 4)?;
+        if self.amx {
+            for scratch in &mut self.scratch {
+                scratch.grow(amx::scratch(weight.cols()))?;
+            }
+        }
         self.packed.grow(few.max(many) * 4)
     }
 
@@ -65,6 +77,8 @@ impl Products {
         assert!(bias.is_none_or(|b| b.as_slice().len() == weight.outs()), "a bias of another width");
         if *rows <= FEW_ROWS && self.isa != Isa::Portable {
             self.few(threads, job);
+        } else if self.amx {
+            self.tiles(threads, job);
         } else {
             self.many(threads, job);
         }
@@ -165,6 +179,59 @@ impl Products {
                 };
                 // SAFETY: sizes were checked in `run`, and activations packed
                 // above; panels of different chunks write different features.
+                unsafe { dispatch(isa, kernel) };
+            });
+        });
+    }
+}
+
+impl Products {
+    /// As `many`, in bf16 on the matrix unit.
+    fn tiles(&mut self, threads: &mut ThreadPool, job: Linear<'_>) {
+        let Linear { x, rows, weight, bias, add, out } = job;
+        let cols = weight.cols();
+        let isa = self.isa;
+        let tiles = rows.div_ceil(amx::TILE);
+        let len = amx::packed_len(rows, cols);
+        let packed: &mut [u16] = bytemuck::cast_slice_mut(&mut self.packed.bytes_mut()[..len * 2]);
+        let packed = Shared::new(packed);
+        threads.run(tiles, 1, &|_, range| {
+            for tile in range {
+                let kernel = amx::PackTile {
+                    x: x.as_slice()[tile * amx::TILE * x.cols()..].as_ptr(),
+                    x_stride: x.cols(),
+                    rows: amx::TILE.min(rows - tile * amx::TILE),
+                    cols,
+                    // SAFETY: this tile is this chunk's.
+                    out: unsafe { packed.range(len / tiles * tile..len / tiles * (tile + 1)) }.as_mut_ptr(),
+                };
+                // SAFETY: rows and columns exist; checked in `run`.
+                unsafe { dispatch(isa, kernel) };
+            }
+        });
+        let out_stride = out.cols();
+        let target = Shared::new(out.as_mut_slice());
+        let scratch = Shared::new(&mut self.scratch);
+        let bias = bias.map(Vector::as_slice);
+        threads.run(weight.panels(), grain(weight, threads.threads(), 8), &|thread, range| {
+            // SAFETY: each thread of a fork has its own index.
+            let scratch = unsafe { &mut scratch.range(thread..thread + 1)[0] };
+            weight.for_panels(range, |segment, panels| {
+                let kernel = AmxGemm {
+                    segment,
+                    panels,
+                    x: packed.as_ptr(),
+                    rows,
+                    cols,
+                    out: target.as_ptr(),
+                    out_stride,
+                    bias,
+                    add,
+                    scratch: scratch.bytes_mut().as_mut_ptr(),
+                };
+                // SAFETY: sizes were checked in `run`, scratch in `reserve`,
+                // activations packed above, the tiles granted in `new`; panels
+                // of different chunks write different features.
                 unsafe { dispatch(isa, kernel) };
             });
         });

@@ -149,6 +149,33 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(40) })]
+
+    #[test]
+    fn fast_products_are_near_the_reference(
+        kinds in prop::collection::vec((0usize..8, 1usize..70), 1..4),
+        blocks in 1usize..4,
+        odd in 1usize..300,
+        rows in 1usize..80,
+        threads in 1usize..4,
+        bias: bool,
+        add: bool,
+        seed in 0u64..1 << 40,
+    ) {
+        let parts: Vec<_> = kinds.iter().map(|&(kind, outs)| (DTYPES[kind], outs)).collect();
+        let block = parts.iter().map(|p| p.0.block_len()).max().unwrap();
+        let cols = if block == 1 { odd } else { blocks * block };
+        let case = Case { parts, cols, rows, bias, add, seed };
+        for isa in isas() {
+            let options = CpuOptions { max_rows: 80, ..options(isa, threads, Math::Fast) };
+            let worst = case.check(&mut CpuDevice::new(options).unwrap());
+            // Both operands rounded to eight bits.
+            prop_assert!(worst < 1.0 / 128.0, "{isa:?}: {worst}");
+        }
+    }
+}
+
 #[test]
 fn embedding_rows_are_the_tables() {
     for dtype in DTYPES {
