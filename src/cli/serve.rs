@@ -344,7 +344,7 @@ fn cluster_json(view: &ClusterView, stats: &EngineStats, me: &str, model: Option
     let links: Vec<Value> = ledger
         .links
         .iter()
-        .map(|l| json!({"from": l.from, "to": l.to, "transport": "tcp", "age_ms": l.age_ms}))
+        .map(|l| json!({"from": l.from, "to": l.to, "transport": "control over tcp", "age_ms": l.age_ms}))
         .collect();
     json!({"self": me, "instances": instances, "loans": loans, "links": links})
 }

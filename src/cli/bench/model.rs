@@ -189,6 +189,10 @@ impl Bench {
         let started = Instant::now();
         self.model.forward(&mut self.device, &self.pool, input, wanted, &mut LocalOnly, logits)?;
         let took = started.elapsed();
-        if logits.iter().all(|l| l.is_finite()) { Ok(took) } else { Err(anyhow!("the model computed no finite logits")) }
+        if logits.iter().all(|l| l.is_finite()) {
+            Ok(took)
+        } else {
+            Err(anyhow!("the model computed no finite logits"))
+        }
     }
 }
