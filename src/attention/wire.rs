@@ -379,3 +379,104 @@ impl SlotHeader {
         Ok(Self { step, layer, rows, taken_ns: r.u64()?, answered_ns: r.u64()? })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn message() -> impl Strategy<Value = LaneMessage> {
+        let key = prop::collection::vec(any::<u8>(), 0..=MAX_KEY).prop_map(RemoteKey);
+        let placement = any::<(u32, u32, u32, u32)>().prop_map(|(l, block, position, tokens)| Placement {
+            loan: LoanId(l),
+            block,
+            position,
+            tokens,
+        });
+        let view =
+            any::<(u32, u32, u32)>().prop_map(|(l, epoch, visible)| LoanView { loan: LoanId(l), epoch, visible });
+        let entry = (any::<u32>(), any::<u32>(), prop::collection::vec(view, 0..4))
+            .prop_map(|(rows, position, loans)| PlanEntry { rows, position, loans });
+        let plan = (any::<u64>(), prop::collection::vec(placement, 0..6), prop::collection::vec(entry, 0..6))
+            .prop_map(|(step, placements, entries)| LaneMessage::Plan(StepPlan { step, placements, entries }));
+        prop_oneof![
+            (key.clone(), key, any::<u32>()).prop_map(|(query_key, pool_key, blocks)| LaneMessage::Accept {
+                query_key,
+                pool_key,
+                blocks
+            }),
+            "[a-zä ]{0,40}".prop_map(|reason| LaneMessage::Refuse { reason }),
+            (any::<u64>(), "[a-z ]{0,40}").prop_map(|(step, reason)| LaneMessage::StepRefused { step, reason }),
+            plan,
+        ]
+    }
+
+    fn hello() -> LaneHello {
+        LaneHello {
+            debtor: InstanceId(7),
+            shape: KvShape { layers: 2, kv_heads: 2, head_dim: 64, block_tokens: 16, dtype: KvDtype::Bf16 },
+            heads: 6,
+            scale: 0.125,
+            windows: vec![0, 4096],
+            max_rows: 320,
+            partial_key: RemoteKey(vec![1, 2, 3]),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_message_comes_back_and_no_part_of_it_does(message in message(), cut in any::<prop::sample::Index>()) {
+            let mut bytes = Vec::new();
+            message.encode(&mut bytes);
+            prop_assert_eq!(LaneMessage::decode(&bytes), Ok(message));
+            prop_assert!(LaneMessage::decode(&bytes[..cut.index(bytes.len())]).is_err());
+        }
+
+        #[test]
+        fn any_bytes_are_a_message_or_an_error(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let mut again = Vec::new();
+            if let Ok(message) = LaneMessage::decode(&bytes) {
+                message.encode(&mut again);
+                prop_assert_eq!(again, bytes);
+            }
+        }
+    }
+
+    #[test]
+    fn a_hello_that_cannot_be_served_is_refused() {
+        let decode = |hello: &LaneHello| {
+            let mut bytes = Vec::new();
+            hello.encode(&mut bytes);
+            LaneHello::decode(&bytes)
+        };
+        assert_eq!(decode(&hello()), Ok(hello()));
+        let shape = hello().shape;
+        let wrong = [
+            LaneHello { heads: 5, ..hello() },
+            LaneHello { heads: 0, ..hello() },
+            LaneHello { scale: f32::NAN, ..hello() },
+            LaneHello { windows: vec![1], ..hello() },
+            LaneHello { max_rows: 0, ..hello() },
+            LaneHello { max_rows: u32::MAX, ..hello() },
+            LaneHello { shape: KvShape { layers: 0, ..shape }, ..hello() },
+            LaneHello { shape: KvShape { head_dim: u32::MAX, ..shape }, ..hello() },
+        ];
+        for hello in wrong {
+            assert!(decode(&hello).is_err(), "{hello:?}");
+        }
+    }
+
+    #[test]
+    fn slots_are_told_by_their_notifications() {
+        for slot in [0, 1, 255] {
+            for notify in [SlotNotify::Query(slot), SlotNotify::Partial(slot)] {
+                assert_eq!(SlotNotify::decode(notify.encode()), Some(notify));
+            }
+        }
+        assert_eq!(SlotNotify::decode(Notify(0)), None);
+        let header = SlotHeader { step: 9, layer: 3, rows: 17, taken_ns: 5, answered_ns: 6 };
+        assert_eq!(SlotHeader::decode(&header.encode()), Ok(header));
+        assert!(SlotHeader::decode(&[0; SlotHeader::BYTES]).is_err());
+    }
+}
