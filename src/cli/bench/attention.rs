@@ -95,8 +95,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 
 /// Measures.
 pub fn measure(args: &Args) -> anyhow::Result<Figures> {
-    ensure!(args.kv_heads > 0 && args.heads % args.kv_heads == 0, "--kv-heads must divide --heads");
-    ensure!(args.head_dim > 0 && args.head_dim % 2 == 0, "--head-dim must be even");
+    ensure!(args.kv_heads > 0 && args.heads.is_multiple_of(args.kv_heads), "--kv-heads must divide --heads");
+    ensure!(args.head_dim > 0 && args.head_dim.is_multiple_of(2), "--head-dim must be even");
     ensure!(
         args.batch > 0 && args.rows > 0 && args.block_tokens > 0,
         "--batch, --rows and --block-tokens must be over 0"

@@ -71,7 +71,7 @@ impl Kernel for Few<'_> {
         // The usual type is compiled apart; the others share a copy.
         // SAFETY: the fields are as they say.
         unsafe {
-            if self.kv.dtype == KvDtype::Bf16 && self.kv.head_dim % (2 * S::LANES) == 0 && !S::PLAIN {
+            if self.kv.dtype == KvDtype::Bf16 && self.kv.head_dim.is_multiple_of(2 * S::LANES) && !S::PLAIN {
                 self.walk::<S, true>(KvDtype::Bf16);
             } else {
                 self.walk::<S, false>(self.kv.dtype);

@@ -9,7 +9,7 @@ use crate::device::tensor::DType;
 pub fn dequantize_row(dtype: DType, bytes: &[u8], out: &mut [f32]) {
     assert_eq!(Some(bytes.len()), dtype.bytes(out.len()), "{dtype} row of {} elements", out.len());
     match dtype {
-        DType::F32 => each::<4>(bytes, out, |b| f32::from_le_bytes(b)),
+        DType::F32 => each::<4>(bytes, out, f32::from_le_bytes),
         DType::F16 => each::<2>(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
         DType::Bf16 => each::<2>(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
         DType::Q8_0 => blocks::<34, 32>(bytes, out, q8_0),

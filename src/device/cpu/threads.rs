@@ -259,10 +259,11 @@ fn work(shared: &Shared, index: usize) {
             take_chunks(shared, job, index);
         }
         let before = shared.state.fetch_sub(1, Ordering::SeqCst);
-        if before & ACTIVE == 1 && before & WAITING != 0 {
-            if let Some(caller) = lock(&shared.caller).as_ref() {
-                caller.unpark();
-            }
+        if before & ACTIVE == 1
+            && before & WAITING != 0
+            && let Some(caller) = lock(&shared.caller).as_ref()
+        {
+            caller.unpark();
         }
     }
 }
