@@ -128,7 +128,7 @@ impl Kernel for AmxGemm<'_> {
             tiles::configure();
             for panel in self.panels.clone() {
                 let mut weights = self.segment.panel(panel).as_ptr();
-                if self.segment.dtype != DType::Bf16 || self.cols % DEPTH != 0 {
+                if self.segment.dtype != DType::Bf16 || !self.cols.is_multiple_of(DEPTH) {
                     with_format!(self.segment.dtype, F => self.round::<F, S, V>(weights, wide, rounded.cast()));
                     weights = rounded;
                 }

@@ -7,6 +7,8 @@
 //! activation and no sum across lanes is needed.
 #![allow(unsafe_code)]
 #![allow(clippy::missing_safety_doc)]
+// Closures are compiled without the kernel's instruction set: plain loops.
+#![allow(clippy::needless_range_loop)]
 
 use super::simd::{PANEL, Simd};
 
