@@ -226,7 +226,7 @@ fn all_that_there_is_can_be_used() {
 fn the_second_of_two_equal_prompts_computes_only_its_last_block() {
     let mut world = World::new(64, 0);
     let prompt: Vec<u32> = (0..200).collect();
-    world.add_tokens(1, prompt.clone(), 2);
+    world.add_tokens(1, prompt.clone(), 20);
     while world.scheduler.get(1).is_none_or(|s| s.remaining() > 1) {
         world.step();
     }
