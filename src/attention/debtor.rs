@@ -492,19 +492,20 @@ impl Debtor {
         !self.lost.is_empty()
     }
 
-    /// Polls, spinning until `spin` and sleeping shortly after that.
+    /// Gives the others a moment, sleeping once `spin` is past, then polls: last,
+    /// so that the caller looks at what has arrived before it sleeps again.
     fn relax(&mut self, transport: usize, spin: &mut Instant) {
-        self.poll();
         if Instant::now() < *spin {
             std::thread::yield_now();
-            return;
+        } else {
+            // With several transports any of them may be the next to have news,
+            // so the sleep on one is short.
+            let nap = if self.transports.len() == 1 { Duration::from_millis(20) } else { Duration::from_micros(200) };
+            if let Err(error) = self.transports[transport].0.wait(nap) {
+                tracing::warn!(%error, "waiting on a transport failed");
+            }
         }
-        // With several transports any of them may be the next to have news, so
-        // the sleep on one is short.
-        let nap = if self.transports.len() == 1 { Duration::from_millis(20) } else { Duration::from_micros(200) };
-        if let Err(error) = self.transports[transport].0.wait(nap) {
-            tracing::warn!(%error, "waiting on a transport failed");
-        }
+        self.poll();
     }
 }
 
