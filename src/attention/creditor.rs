@@ -363,6 +363,9 @@ impl Lane {
         if plan.rows() > self.hello.max_rows as usize {
             return Err(format!("{} query rows on a lane of {}", plan.rows(), self.hello.max_rows));
         }
+        if let Some(e) = plan.entries.iter().find(|e| e.rows == 0 || e.position.checked_add(e.rows).is_none()) {
+            return Err(format!("{} query rows at position {}", e.rows, e.position));
+        }
         let revision = book.ended();
         if revision != self.plan.revision {
             self.placed.retain(|loan, _| book.loan(*loan).is_some());
