@@ -13,8 +13,8 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::options::{Bytes, EngineOptions, FabricOptions, open_model};
 use crate::attention::exchange::Stage;
-use crate::control::ledger::Ledger;
 use crate::control::message::Role;
+use crate::control::view::LedgerView;
 use crate::engine::EngineStats;
 use crate::model::hf::GenerationDefaults;
 use crate::model::load::ModelFiles;
@@ -302,7 +302,7 @@ fn defaults(generation: &GenerationDefaults) -> SamplingParams {
 
 /// `/cluster`: the ledger as this node knows it.
 fn cluster_json(view: &ClusterView, stats: &EngineStats, me: &str, model: Option<&str>) -> Value {
-    let ledger: Ledger = view.ledger();
+    let ledger: LedgerView = view.ledger();
     let instances: Vec<Value> = ledger
         .instances
         .iter()

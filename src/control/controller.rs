@@ -20,10 +20,10 @@ pub use super::config::{Config, ConfigError};
 use super::debts::{Ask, Debts, Progress};
 pub use super::debts::{BorrowError, Loan};
 pub use super::event::{ControlStats, Input, LocalStats, Note, Output};
-use super::ledger::{InstanceEntry, Ledger, LinkEntry, LoanEntry, id};
 use super::membership::{Greeting, Membership, Rejection, Timing};
 use super::message::{Hello, LedgerRow, MAX_PEERS, MAX_RENEWALS, Message, Service, TierRow};
 use super::rmanager::RManager;
+use super::view::{InstanceEntry, LedgerView, LinkEntry, LoanEntry, id};
 use crate::kv::rblock::InstanceId;
 
 /// Loans are announced this long after the heartbeat before, at the earliest.
@@ -147,7 +147,7 @@ impl Controller {
     }
 
     /// Everything known, for people.
-    pub fn ledger(&self, now: Duration) -> Ledger {
+    pub fn ledger(&self, now: Duration) -> LedgerView {
         let me = self.config.hello.instance;
         let ms = |since: Duration| now.saturating_sub(since).as_millis() as u64;
         let entry = |hello: &Hello, row: Option<LedgerRow>, silent_ms| InstanceEntry {
@@ -161,7 +161,7 @@ impl Controller {
             row,
             silent_ms,
         };
-        let mut ledger = Ledger::default();
+        let mut ledger = LedgerView::default();
         ledger.instances.push(entry(&self.config.hello, Some(self.row()), 0));
         for member in self.membership.members().values() {
             let heard = self.membership.links().get(&member.conn).map_or(now, |link| link.heard);

@@ -1,76 +1,68 @@
-//! The global debt ledger as one instance sees it, for `/cluster`, `status`
-//! and people.
+//! The global debt ledger: the newest row of every instance, as this node has
+//! heard of them. There is no master copy; rows travel by gossip and the
+//! newest wins (paper, section "gManager"; made decentral here).
 
-use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
-use super::message::{LedgerRow, Role};
-use crate::kv::rblock::{InstanceId, LoanId};
+use super::row::{Row, Stamp};
+use crate::kv::rblock::InstanceId;
 
-/// All that is known of the cluster.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+/// The newest row known of every instance.
+#[derive(Clone, Debug, Default)]
 pub struct Ledger {
-    /// Members that are up, this one first, then by id.
-    pub instances: Vec<InstanceEntry>,
-    /// Loans that this instance gave or took.
-    pub loans: Vec<LoanEntry>,
-    /// Connections of this instance's control plane to members.
-    pub links: Vec<LinkEntry>,
+    rows: BTreeMap<InstanceId, Row>,
 }
 
-/// One member.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct InstanceEntry {
-    /// Its id, 16 hexadecimal digits.
-    pub id: String,
-    /// This is the instance that was asked.
-    pub me: bool,
-    /// Engine or lender.
-    pub role: Role,
-    /// Rank under a launcher.
-    pub rank: u32,
-    /// Names the host.
-    pub host: u64,
-    /// Address of its HTTP server; empty without one.
-    pub http: String,
-    /// Fingerprint of its model, hexadecimal.
-    pub model: Option<String>,
-    /// Its own words; `None` before its first heartbeat.
-    pub row: Option<LedgerRow>,
-    /// Milliseconds since it was last heard.
-    pub silent_ms: u64,
-}
+impl Ledger {
+    /// Takes a row in. False: one as new was known already, nothing changed.
+    pub fn merge(&mut self, row: Row) -> bool {
+        match self.rows.get_mut(&row.instance) {
+            Some(known) if known.stamp >= row.stamp => false,
+            Some(known) => {
+                *known = row;
+                true
+            }
+            None => {
+                self.rows.insert(row.instance, row);
+                true
+            }
+        }
+    }
 
-/// One loan.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LoanEntry {
-    /// Who lends.
-    pub creditor: String,
-    /// Who borrows.
-    pub debtor: String,
-    /// Its id at the creditor.
-    pub loan: LoanId,
-    /// Epoch of the creditor's pool.
-    pub epoch: u32,
-    /// The debtor's request.
-    pub request: u64,
-    /// rBlocks.
-    pub blocks: u32,
-}
+    /// Forgets an instance that is gone.
+    pub fn remove(&mut self, instance: InstanceId) -> Option<Row> {
+        self.rows.remove(&instance)
+    }
 
-/// One connection.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LinkEntry {
-    /// This instance.
-    pub from: String,
-    /// The member.
-    pub to: String,
-    /// Its control address, if this instance dialed it.
-    pub dialed: Option<String>,
-    /// Milliseconds since it opened.
-    pub age_ms: u64,
-}
+    /// An instance's row.
+    pub fn get(&self, instance: InstanceId) -> Option<&Row> {
+        self.rows.get(&instance)
+    }
 
-/// As everything outside shows an id.
-pub fn id(instance: InstanceId) -> String {
-    instance.to_string()
+    /// As [`get`](Self::get), to correct what was learned since the row was
+    /// written (a grant, a refusal). The stamp stays, so the next row of the
+    /// instance itself replaces the correction.
+    pub fn get_mut(&mut self, instance: InstanceId) -> Option<&mut Row> {
+        self.rows.get_mut(&instance)
+    }
+
+    /// All rows, by instance.
+    pub fn rows(&self) -> impl Iterator<Item = &Row> {
+        self.rows.values()
+    }
+
+    /// How new each row is, by instance.
+    pub fn stamps(&self) -> impl Iterator<Item = (InstanceId, Stamp)> + '_ {
+        self.rows.iter().map(|(instance, row)| (*instance, row.stamp))
+    }
+
+    /// Rows.
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// No row.
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
 }

@@ -4,7 +4,8 @@
 //!
 //! [`controller`] joins the rest: [`membership`] (who is there),
 //! [`rmanager`] (what this instance lends), [`debts`] (what it borrows),
-//! [`message`] (what is said), [`ledger`] (what people see).
+//! [`message`] (what is said), [`ledger`] (what is known of all instances),
+//! [`view`] (what people see of it).
 
 mod codec;
 mod config;
@@ -14,7 +15,10 @@ mod event;
 pub mod ledger;
 pub mod membership;
 pub mod message;
+pub mod perf;
 pub mod rmanager;
+pub mod row;
+pub mod view;
 
 #[cfg(test)]
 mod tests;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use distkv_fabric::{Address, Event, PeerId, Transport, Waker};
 
 use crate::control::controller::{Controller, Input, Loan, LocalStats, Note, Output};
-use crate::control::ledger::Ledger;
+use crate::control::view::LedgerView;
 use crate::engine::{Command, GrantedLoan, Treasury};
 use crate::kv::rblock::{InstanceId, KvShape, LoanId};
 use crate::schedule::sequence::{HeldLoan, SeqId};
@@ -55,11 +55,11 @@ impl Treasury for NodeLink {
 
 /// What the control plane knows, for other threads to read.
 #[derive(Clone, Default)]
-pub struct ClusterView(Arc<Mutex<(Ledger, bool)>>);
+pub struct ClusterView(Arc<Mutex<(LedgerView, bool)>>);
 
 impl ClusterView {
     /// The ledger as of a moment ago.
-    pub fn ledger(&self) -> Ledger {
+    pub fn ledger(&self) -> LedgerView {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).0.clone()
     }
 
@@ -68,7 +68,7 @@ impl ClusterView {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).1
     }
 
-    fn publish(&self, ledger: Ledger, drained: bool) {
+    fn publish(&self, ledger: LedgerView, drained: bool) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = (ledger, drained);
     }
 }

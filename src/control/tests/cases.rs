@@ -63,7 +63,7 @@ fn joining_any_member_introduces_the_rest() {
     assert!(ledger.instances[0].me && ledger.instances.iter().all(|i| i.row.is_some()));
     let json = serde_json::to_value(&ledger).unwrap();
     assert_eq!(json["instances"][0]["row"]["service"], "serving");
-    assert_eq!(serde_json::from_value::<crate::control::ledger::Ledger>(json).unwrap(), ledger);
+    assert_eq!(serde_json::from_value::<crate::control::view::LedgerView>(json).unwrap(), ledger);
 }
 
 #[test]
