@@ -95,7 +95,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let kv_bytes = shape.blocks_for(tokens) * shape.block_bytes();
     let threads = args.engine.threads(1);
     let anywhere = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
-    let mut config = args.fabric.node(anywhere, 1.0, 1, false);
+    let mut config = args.fabric.node(anywhere, 1.0, 1, false)?;
     // A cluster of its own: no other process's node may wander in.
     config.cluster = format!("generate-{:016x}", rand::random::<u64>());
 

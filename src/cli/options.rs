@@ -1,7 +1,7 @@
 //! Options that several subcommands share.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -187,6 +187,10 @@ pub struct FabricOptions {
     /// Name of the cluster; members of another are not heard.
     #[arg(long, env = "DISTKV_CLUSTER", default_value = "default")]
     pub cluster: String,
+    /// File with the cluster's key, any secret of 16 bytes or more: nodes with another are not heard.
+    /// Without one, whoever knows the cluster's name can join.
+    #[arg(long, env = "DISTKV_CLUSTER_KEY_FILE")]
+    pub cluster_key_file: Option<PathBuf>,
     /// Transport between nodes.
     #[arg(long, env = "DISTKV_FABRIC", value_enum, default_value_t)]
     pub fabric: FabricChoice,
@@ -200,9 +204,17 @@ pub struct FabricOptions {
 
 impl FabricOptions {
     /// A node's configuration, before what is particular to it.
-    pub fn node(&self, fabric_listen: SocketAddr, lend: f64, creditor_threads: usize, pin: bool) -> NodeConfig {
-        NodeConfig {
+    pub fn node(
+        &self,
+        fabric_listen: SocketAddr,
+        lend: f64,
+        creditor_threads: usize,
+        pin: bool,
+    ) -> anyhow::Result<NodeConfig> {
+        let key = self.cluster_key_file.as_deref().map(cluster_key).transpose()?;
+        Ok(NodeConfig {
             cluster: self.cluster.clone(),
+            key,
             rank: 0,
             join: Vec::new(),
             fabric_listen,
@@ -216,8 +228,22 @@ impl FabricOptions {
                 lost_after: Duration::from_millis(self.lost_after_ms),
                 ..Tuning::default()
             },
-        }
+        })
     }
+}
+
+/// The key that a file's bytes give; a last line end does not count.
+fn cluster_key(path: &Path) -> anyhow::Result<[u8; 32]> {
+    let bytes = std::fs::read(path).with_context(|| format!("--cluster-key-file {}", path.display()))?;
+    let secret = bytes.trim_ascii_end();
+    if secret.len() < 16 {
+        bail!(
+            "--cluster-key-file {}: {} bytes are too short for a secret; write 16 or more, e.g. with: openssl rand -hex 32",
+            path.display(),
+            secret.len()
+        );
+    }
+    Ok(blake3::derive_key("distkv cluster key v1", secret))
 }
 
 /// Opens a model, with its path in the error.

@@ -193,7 +193,7 @@ fn node_config(args: &Args, rank: Option<&Rank>, http: String) -> anyhow::Result
     }
     let lend = args.lend.unwrap_or(if args.no_model { 1.0 } else { 0.5 });
     let mut config =
-        args.fabric.node(fabric, lend, args.creditor_threads.into(), !args.engine.no_pin && rank.is_none());
+        args.fabric.node(fabric, lend, args.creditor_threads.into(), !args.engine.no_pin && rank.is_none())?;
     config.rank = rank.map_or(0, |r| r.rank);
     config.http = http;
     config.join = join
@@ -310,14 +310,18 @@ fn cluster_json(view: &ClusterView, stats: &EngineStats, me: &str, model: Option
             let row = i.row.as_ref();
             let mut entry = json!({
                 "id": i.id,
-                "rank": i.rank,
-                "role": i.role,
-                "model": match i.role {
-                    Role::Engine if i.me => json!(model),
-                    Role::Engine => json!(i.model.as_ref().map(|m| format!("#{}", &m[..12.min(m.len())]))),
-                    Role::Lender => Value::Null,
+                "rank": row.map(|r| r.rank),
+                "role": row.map(|r| r.role),
+                "model": match row.map(|r| r.role) {
+                    Some(Role::Engine) if i.me => json!(model),
+                    Some(Role::Engine) => {
+                        json!(row.and_then(|r| r.model.as_ref()).map(|m| format!("#{}", &m[..12.min(m.len())])))
+                    }
+                    Some(Role::Lender) | None => Value::Null,
                 },
-                "http": i.http,
+                "http": row.map(|r| &r.http),
+                "life": i.life,
+                "row_version": row.map(|r| r.version),
                 "state": row.map(|r| r.service),
                 "blocks_total": row.map(|r| r.total),
                 "blocks_free": row.map(|r| r.free),
@@ -328,7 +332,11 @@ fn cluster_json(view: &ClusterView, stats: &EngineStats, me: &str, model: Option
                 "block_tokens": row.and_then(|r| r.shape).map(|s| s.block_tokens),
                 "running": row.map(|r| r.running),
                 "waiting": row.map(|r| r.waiting),
-                "last_heard_ms": i.silent_ms,
+                "tokens_s": row.map(|r| r.tokens_s),
+                "tiers": row.map(|r| &r.tiers),
+                "perf": row.and_then(|r| r.perf),
+                "links": row.map(|r| &r.links),
+                "row_age_ms": i.row_age_ms,
             });
             if i.me {
                 entry["blocks_cached"] = json!(stats.blocks_cached);
@@ -346,5 +354,5 @@ fn cluster_json(view: &ClusterView, stats: &EngineStats, me: &str, model: Option
         .iter()
         .map(|l| json!({"from": l.from, "to": l.to, "transport": "control over tcp", "age_ms": l.age_ms}))
         .collect();
-    json!({"self": me, "instances": instances, "loans": loans, "links": links})
+    json!({"self": me, "instances": instances, "loans": loans, "debts": ledger.debts, "links": links})
 }

@@ -159,7 +159,7 @@ fn instance_row(cluster: &Value, instance: &Value) -> Vec<String> {
         (Some(blocks), Some(tokens)) => blocks.saturating_mul(tokens).to_string(),
         _ => "-".into(),
     };
-    let heard = match instance["last_heard_ms"].as_u64() {
+    let heard = match instance["row_age_ms"].as_u64() {
         _ if own => "self".into(),
         Some(ms) if ms < 10_000 => format!("{ms} ms"),
         Some(ms) => format!("{} s", ms / 1000),
@@ -246,10 +246,10 @@ mod tests {
             "instances": [
                 {"id": "a", "rank": 0, "model": "toy", "http": "127.0.0.1:8000", "state": "ready", "blocks_total": 128,
                  "blocks_free": 4, "blocks_cached": 9, "blocks_lent": 0, "blocks_borrowed": 70, "block_tokens": 16,
-                 "running": 1, "waiting": 0, "last_heard_ms": 0},
+                 "running": 1, "waiting": 0, "row_age_ms": 0},
                 {"id": "b", "rank": 1, "model": null, "http": "127.0.0.1:8001", "state": "ready", "blocks_total": 1000,
                  "blocks_free": 930, "blocks_lent": 70, "blocks_borrowed": 0, "block_tokens": 16, "running": 0,
-                 "waiting": 0, "last_heard_ms": 12},
+                 "waiting": 0, "row_age_ms": 12},
             ],
             "loans": [{"id": 7, "debtor": "a", "creditor": "b", "request": 3, "blocks": 70, "epoch": 1}],
             "links": [{"from": "a", "to": "b", "transport": "shm", "rtt_us": 8.25}],

@@ -13,37 +13,54 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use rand::SeedableRng;
+use core::net::SocketAddr;
+
+use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 pub use super::config::{Config, ConfigError};
 use super::debts::{Ask, Debts, Progress};
 pub use super::debts::{BorrowError, Loan};
 pub use super::event::{ControlStats, Input, LocalStats, Note, Output};
-use super::membership::{Greeting, Membership, Rejection, Timing};
-use super::message::{Hello, LedgerRow, MAX_PEERS, MAX_RENEWALS, Message, Service, TierRow};
+use super::gossip::{Gossip, pace};
+use super::ledger::Ledger;
+use super::links::{Links, Route};
+use super::message::{MAX_RENEWALS, Message, Packet, Role, Service};
 use super::rmanager::RManager;
-use super::view::{InstanceEntry, LedgerView, LinkEntry, LoanEntry, id};
+use super::row::{MAX_DEBTORS, MAX_LINKS, Row, Stamp, TierRow};
+use super::seal::{NONCE_BYTES, Seal};
+use super::swim::{Change, Member, Swim};
+use super::view::{DebtEntry, InstanceEntry, LedgerView, LinkEntry, LoanEntry, RowEntry, id};
 use crate::kv::rblock::InstanceId;
 
-/// Loans are announced this long after the heartbeat before, at the earliest.
+/// A row that matters to others (memory lent or given back) is told this long
+/// after the one before, at the earliest.
 const SOON: Duration = Duration::from_millis(20);
 
 /// One instance's control plane.
 pub struct Controller {
     config: Config,
+    seal: Seal,
     rmanager: RManager,
     debts: Debts,
-    membership: Membership,
+    swim: Swim,
+    gossip: Gossip,
+    links: Links,
+    rng: ChaCha8Rng,
     outputs: VecDeque<Output>,
     stats: ControlStats,
     local: LocalStats,
-    seq: u64,
+    stamp: Stamp,
+    /// When each row last brought news.
+    news: BTreeMap<InstanceId, Duration>,
+    /// Creditors announced to the engine: up, and with a row.
+    announced: BTreeMap<InstanceId, u32>,
     /// When it was called last.
     last: Duration,
-    beat_last: Duration,
     beat_next: Duration,
-    introduce_next: Duration,
+    row_last: Duration,
+    row_next: Duration,
+    announce_next: Duration,
     draining: bool,
     drained: bool,
     left: bool,
@@ -53,27 +70,28 @@ impl Controller {
     /// A controller that knows nobody yet. Begin with an [`Input::Tick`].
     pub fn new(config: Config, rmanager: RManager, seed: u64) -> Result<Self, ConfigError> {
         config.check()?;
-        let timing = Timing {
-            lost_after: config.lost_after,
-            hello_timeout: config.hello_timeout,
-            redial_min: config.redial.0,
-            redial_max: config.redial.1,
-        };
-        let rng = ChaCha8Rng::seed_from_u64(seed);
-        let membership = Membership::new(&config.hello, &config.join, timing, rng);
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let me = Member { address: config.gossip, instance: config.instance, started: config.started, life: 0 };
         Ok(Self {
+            seal: Seal::new(&config.key, config.cluster),
             config,
             rmanager,
             debts: Debts::default(),
-            membership,
+            swim: Swim::new(me, rng.random()),
+            gossip: Gossip::default(),
+            links: Links::default(),
+            rng,
             outputs: VecDeque::new(),
             stats: ControlStats::default(),
             local: LocalStats::default(),
-            seq: 0,
+            stamp: Stamp::default(),
+            news: BTreeMap::new(),
+            announced: BTreeMap::new(),
             last: Duration::ZERO,
-            beat_last: Duration::ZERO,
             beat_next: Duration::ZERO,
-            introduce_next: Duration::ZERO,
+            row_last: Duration::ZERO,
+            row_next: Duration::ZERO,
+            announce_next: Duration::ZERO,
             draining: false,
             drained: false,
             left: false,
@@ -84,15 +102,16 @@ impl Controller {
     pub fn handle(&mut self, now: Duration, input: Input<'_>) {
         self.forgive(now);
         match input {
+            Input::Datagram { from, bytes } => self.datagram(now, from, bytes),
             Input::PeerConnected { conn, address } => {
-                self.membership.connected(now, conn, address);
-                self.send(conn, &Message::Hello(self.config.hello.clone()));
+                self.links.connected(now, conn, address);
+                self.greet(conn);
             }
-            Input::ConnectFailed { address } => self.membership.failed(now, address),
-            Input::PeerAccepted { conn } => self.membership.accepted(now, conn),
+            Input::ConnectFailed { address } => self.links.failed(now, address),
+            Input::PeerAccepted { conn } => self.links.accepted(now, conn),
             Input::PeerMessage { conn, bytes } => self.message(now, conn, bytes),
-            Input::PeerClosed { conn } => self.closed(now, conn, "connection closed"),
-            Input::Borrow { request, blocks } => self.borrow(now, request, blocks),
+            Input::PeerClosed { conn } => self.links.closed(conn),
+            Input::Borrow { request, blocks, avoid } => self.borrow(now, request, blocks, avoid),
             Input::RepayRequest { request } => self.repay_request(now, request),
             Input::RepayLoan { creditor, loan } => {
                 if let Some(loan) = self.debts.repay_loan(creditor, loan) {
@@ -104,9 +123,9 @@ impl Controller {
             Input::Drain => {
                 self.draining = true;
                 self.rmanager.drain();
-                self.beat_soon();
+                self.tell_soon();
             }
-            Input::Leave => self.leave(),
+            Input::Leave => self.leave(now),
         }
         self.maintain(now);
     }
@@ -121,14 +140,17 @@ impl Controller {
         if self.left {
             return None;
         }
-        let fixed = [self.beat_next, self.introduce_next].into_iter();
-        let rest = [self.membership.deadline(), self.rmanager.next_expiry(), self.debts.next_overdue()];
-        fixed.chain(rest.into_iter().flatten()).min()
+        let fixed = [self.row_next, self.announce_next, self.gossip.deadline()];
+        let beat = self.debts.creditors().next().map(|_| self.beat_next);
+        let links =
+            self.links.deadline(self.config.hello_timeout, self.config.lost_after, |peer| self.debts.owes(peer));
+        let rest = [beat, links, self.swim.deadline(), self.rmanager.next_expiry(), self.debts.next_overdue()];
+        fixed.into_iter().chain(rest.into_iter().flatten()).min()
     }
 
     /// Figures since the start.
     pub fn stats(&self) -> ControlStats {
-        self.stats
+        ControlStats { garbage: self.stats.garbage + self.swim.refused(), ..self.stats }
     }
 
     /// The creditor's side of this instance.
@@ -143,31 +165,46 @@ impl Controller {
 
     /// Members that are up, without this one.
     pub fn members(&self) -> usize {
-        self.membership.members().len()
+        self.swim.up().len()
+    }
+
+    /// The newest rows known, this instance's own among them.
+    pub fn ledger(&self) -> &Ledger {
+        self.gossip.ledger()
+    }
+
+    /// Rows of the members whose memory suits this instance.
+    pub fn creditors(&self) -> impl Iterator<Item = &Row> {
+        self.announced.keys().filter_map(|instance| self.gossip.ledger().get(*instance))
     }
 
     /// Everything known, for people.
-    pub fn ledger(&self, now: Duration) -> LedgerView {
-        let me = self.config.hello.instance;
+    pub fn view(&self, now: Duration) -> LedgerView {
+        let me = self.config.instance;
         let ms = |since: Duration| now.saturating_sub(since).as_millis() as u64;
-        let entry = |hello: &Hello, row: Option<LedgerRow>, silent_ms| InstanceEntry {
-            id: id(hello.instance),
-            me: hello.instance == me,
-            role: hello.role,
-            rank: hello.rank,
-            host: hello.host,
-            http: hello.http.clone(),
-            model: hello.model.map(|m| m.iter().map(|byte| format!("{byte:02x}")).collect()),
-            row,
-            silent_ms,
-        };
-        let mut ledger = LedgerView::default();
-        ledger.instances.push(entry(&self.config.hello, Some(self.row()), 0));
-        for member in self.membership.members().values() {
-            let heard = self.membership.links().get(&member.conn).map_or(now, |link| link.heard);
-            ledger.instances.push(entry(&member.hello, member.row.clone(), ms(heard)));
+        let mut view = LedgerView::default();
+        let own = self.row();
+        view.instances.push(InstanceEntry {
+            id: id(me),
+            me: true,
+            life: self.swim.me().life,
+            row: Some(RowEntry::from(&own)),
+            row_age_ms: 0,
+        });
+        view.debts.extend(own.debts.iter().map(|debt| DebtEntry::new(me, debt)));
+        for member in self.swim.up().values() {
+            let row = self.gossip.ledger().get(member.instance);
+            view.instances.push(InstanceEntry {
+                id: id(member.instance),
+                me: false,
+                life: member.life,
+                row: row.map(RowEntry::from),
+                row_age_ms: self.news.get(&member.instance).map_or(0, |at| ms(*at)),
+            });
+            let debts = row.map_or(&[][..], |row| &row.debts);
+            view.debts.extend(debts.iter().map(|debt| DebtEntry::new(member.instance, debt)));
         }
-        ledger.loans.extend(self.rmanager.loans().map(|record| LoanEntry {
+        view.loans.extend(self.rmanager.loans().map(|record| LoanEntry {
             creditor: id(me),
             debtor: id(record.debtor),
             loan: record.loan,
@@ -175,7 +212,7 @@ impl Controller {
             request: record.request,
             blocks: record.blocks.len() as u32,
         }));
-        ledger.loans.extend(self.debts.loans().map(|loan| LoanEntry {
+        view.loans.extend(self.debts.loans().map(|loan| LoanEntry {
             creditor: id(loan.creditor),
             debtor: id(me),
             loan: loan.loan,
@@ -183,90 +220,152 @@ impl Controller {
             request: loan.request,
             blocks: loan.blocks.len() as u32,
         }));
-        ledger.links.extend(self.membership.links().values().filter_map(|link| {
+        view.links.extend(self.links.open().values().filter_map(|link| {
             let to = id(link.instance?);
             Some(LinkEntry { from: id(me), to, dialed: link.dialed.clone(), age_ms: ms(link.opened) })
         }));
-        ledger
+        view
+    }
+
+    // ---- datagrams --------------------------------------------------------------
+
+    fn datagram(&mut self, now: Duration, from: SocketAddr, bytes: &[u8]) {
+        let Some(plain) = self.seal.open(bytes) else {
+            self.stats.unsealed += 1;
+            return;
+        };
+        match Packet::decode(&plain) {
+            Ok(Packet::Swim(bytes)) => {
+                let mut changes = Vec::new();
+                self.swim.receive(now, &bytes, &mut changes);
+                self.changed(now, changes);
+            }
+            Ok(Packet::Digest(digest)) => {
+                let mut replies = Vec::new();
+                self.gossip.compare(&digest, &mut |packet| replies.push(packet));
+                replies.iter().for_each(|packet| self.post(from, packet));
+            }
+            Ok(Packet::Rows(rows)) => rows.into_iter().for_each(|row| self.learn(now, row)),
+            Err(_) => self.stats.garbage += 1,
+        }
+    }
+
+    fn learn(&mut self, now: Duration, row: Row) {
+        let instance = row.instance;
+        // Rows of the dead still travel for a moment.
+        if self.swim.up().contains_key(&instance) && self.gossip.learn(row) {
+            self.news.insert(instance, now);
+            self.announce_creditor(instance);
+        }
+    }
+
+    /// Tells the engine of a member whose memory suits it, once a life.
+    fn announce_creditor(&mut self, instance: InstanceId) {
+        let Some(life) = self.swim.up().get(&instance).map(|member| member.life) else { return };
+        let Some((host, endpoints)) = self.creditor(instance) else { return };
+        if self.announced.get(&instance) != Some(&life) {
+            self.announced.insert(instance, life);
+            self.outputs.push_back(Output::CreditorUp { instance, host, endpoints });
+        }
+    }
+
+    fn changed(&mut self, now: Duration, changes: Vec<Change>) {
+        for change in changes {
+            match change {
+                Change::Up(member) => {
+                    self.outputs.push_back(Output::Note(Note::Up(member.instance)));
+                    // It knows nothing of us yet.
+                    self.tell_soon();
+                }
+                Change::Down(member) => self.down(now, member.instance),
+                Change::Replaced(member) => self.replaced(now, member.instance),
+                Change::Renewed(me) => {
+                    self.stamp = Stamp { incarnation: me.life, version: 0 };
+                    self.outputs.push_back(Output::Note(Note::Renewed(me.life)));
+                    self.row_next = now;
+                }
+            }
+        }
+    }
+
+    fn post(&mut self, to: SocketAddr, packet: &Packet) {
+        let mut plain = Vec::with_capacity(1300);
+        packet.encode(&mut plain);
+        let nonce: [u8; NONCE_BYTES] = self.rng.random();
+        let bytes = self.seal.seal(nonce, &plain);
+        self.stats.datagrams += 1;
+        self.stats.datagram_bytes += bytes.len() as u64;
+        self.outputs.push_back(Output::Datagram { to, bytes });
     }
 
     // ---- messages -------------------------------------------------------------
 
+    fn greet(&mut self, conn: u64) {
+        let (cluster, instance) = (self.config.cluster, self.config.instance);
+        self.send(conn, &Message::Hello { cluster, instance });
+    }
+
     fn message(&mut self, now: Duration, conn: u64, bytes: &[u8]) {
-        let Some(link) = self.membership.links().get(&conn) else { return };
+        let Some(link) = self.links.get(conn) else { return };
         let known = link.instance;
         let message = match Message::decode(bytes) {
             Ok(message) => message,
-            Err(error) => return self.garbage(now, conn, error.to_string()),
+            Err(error) => return self.garbage(conn, error.to_string()),
         };
         match (known, message) {
-            (None, Message::Hello(hello)) => self.greet(now, conn, hello),
-            (None, _) => self.garbage(now, conn, "a message before the Hello".into()),
-            (Some(_), Message::Hello(_)) => self.garbage(now, conn, "a second Hello".into()),
+            (None, Message::Hello { cluster, instance }) => self.hello(now, conn, cluster, instance),
+            (None, _) => self.garbage(conn, "a message before the Hello".into()),
+            (Some(_), Message::Hello { .. }) => self.garbage(conn, "a second Hello".into()),
             (Some(from), message) => {
-                self.membership.heard(now, conn);
-                self.member_says(now, conn, from, message);
+                self.links.heard(now, conn);
+                self.peer_says(now, conn, from, message);
             }
         }
     }
 
-    fn greet(&mut self, now: Duration, conn: u64, hello: Hello) {
-        let accepted = self.membership.links().get(&conn).is_some_and(|link| link.dialed.is_none());
-        let instance = hello.instance;
-        let (new, replaced) = match self.membership.hello(now, conn, hello) {
-            Greeting::Welcome { new, replaced } => (new, replaced),
-            Greeting::Reject(rejection) => {
-                let reason = match rejection {
-                    // The end that dialed must learn whom it reached: it closes.
-                    Rejection::Myself if accepted => {
-                        return self.send(conn, &Message::Hello(self.config.hello.clone()));
-                    }
-                    Rejection::Myself => "the address is this instance's own",
-                    Rejection::OlderLife => "a later life of that instance is known",
-                    Rejection::ForeignCluster => {
-                        self.stats.foreign += 1;
-                        "it belongs to another cluster"
-                    }
-                };
-                return self.drop_link(now, conn, reason.into());
-            }
-        };
+    fn hello(&mut self, now: Duration, conn: u64, cluster: [u8; 16], instance: InstanceId) {
+        let accepted = self.links.get(conn).is_some_and(|link| link.dialed.is_none());
+        if cluster != self.config.cluster {
+            self.stats.foreign += 1;
+            return self.drop_link(conn, "it belongs to another cluster".into());
+        }
+        if instance == self.config.instance {
+            return self.drop_link(conn, "the address is this instance's own".into());
+        }
         if accepted {
-            self.send(conn, &Message::Hello(self.config.hello.clone()));
+            self.greet(conn);
         }
-        for older in replaced {
-            self.down(now, older, "restarted", true);
-        }
-        if new {
-            self.outputs.push_back(Output::Note(Note::Up(instance)));
-            if let Some((host, endpoints)) = self.creditor(instance) {
-                self.outputs.push_back(Output::CreditorUp { instance, host, endpoints });
+        match self.links.hello(now, conn, instance) {
+            Ok(waiting) => {
+                waiting.into_iter().for_each(|bytes| self.outputs.push_back(Output::Send { conn, bytes }));
             }
+            Err(reason) => self.drop_link(conn, reason.into()),
         }
-        self.introduce(conn, instance);
-        self.beat(conn, instance, &self.row());
     }
 
-    fn member_says(&mut self, now: Duration, conn: u64, from: InstanceId, message: Message) {
+    fn peer_says(&mut self, now: Duration, conn: u64, from: InstanceId, message: Message) {
         match message {
-            Message::Hello(_) => {}
-            Message::Heartbeat { seq, row, loans } => {
+            // Taken care of where the message was read.
+            Message::Hello { .. } => {}
+            Message::Heartbeat { sent_us, loans } => {
                 for renewal in loans {
                     let (loan, epoch) = (renewal.loan, renewal.epoch);
                     if !self.rmanager.renew(now, from, loan, epoch) {
                         self.send(conn, &Message::Lapsed { loan, epoch });
                     }
                 }
-                if let Some(member) = self.membership.member_mut(from).filter(|m| seq >= m.seq) {
-                    member.seq = seq;
-                    member.row = Some(row);
+                self.send(conn, &Message::Heard { sent_us });
+            }
+            Message::Heard { sent_us } => {
+                if let Some(rtt) = now.checked_sub(Duration::from_micros(sent_us)) {
+                    self.links.measured(from, rtt);
                 }
             }
             Message::TryMoveKvCache { ticket, request, blocks, shape } => {
                 let answer = match self.rmanager.reserve(now, from, request, blocks, &shape) {
                     Ok(grant) => {
                         self.stats.granted += 1;
-                        self.beat_soon();
+                        self.tell_soon();
                         let lease_ms = u32::try_from(self.rmanager.lease().as_millis()).unwrap_or(u32::MAX);
                         Message::Granted {
                             ticket,
@@ -289,17 +388,17 @@ impl Controller {
                 let progress = self.debts.granted(from, ticket, loan, epoch, &blocks);
                 if !held && !self.debts.holds(from, loan) {
                     self.send(conn, &Message::Repay { loan, epoch });
-                } else if let Some(row) = self.membership.member_mut(from).and_then(|m| m.row.as_mut()) {
-                    let count = u32::try_from(count).unwrap_or(u32::MAX);
-                    row.free = row.free.saturating_sub(count);
-                    row.lent = row.lent.saturating_add(count);
+                } else {
+                    self.correct(from, |tier| {
+                        let count = u32::try_from(count).unwrap_or(u32::MAX);
+                        tier.free = tier.free.saturating_sub(count);
+                        tier.lent = tier.lent.saturating_add(count);
+                    });
                 }
                 self.progress(now, progress);
             }
             Message::Refused { ticket, reason, free } => {
-                if let Some(row) = self.membership.member_mut(from).and_then(|m| m.row.as_mut()) {
-                    row.free = row.free.min(free);
-                }
+                self.correct(from, |tier| tier.free = tier.free.min(free));
                 self.outputs.push_back(Output::Note(Note::CreditorRefused(from, reason)));
                 self.refused(now, from, ticket);
             }
@@ -308,7 +407,7 @@ impl Controller {
                     true => Message::Repaid { loan, epoch },
                     false => Message::Lapsed { loan, epoch },
                 };
-                self.beat_soon();
+                self.tell_soon();
                 self.send(conn, &answer);
             }
             Message::Repaid { .. } => {}
@@ -316,72 +415,74 @@ impl Controller {
                 let lost: Vec<_> = self.debts.lapsed(from, loan, epoch).into_iter().collect();
                 self.lost(now, lost);
             }
-            Message::Goodbye { instance } if instance == from => self.down(now, from, "left", true),
-            Message::Goodbye { .. } => self.garbage(now, conn, "a goodbye for somebody else".into()),
-            Message::Peers(peers) => {
-                peers.iter().for_each(|(instance, address)| self.membership.introduce(*instance, address));
-            }
         }
     }
 
-    fn garbage(&mut self, now: Duration, conn: u64, reason: String) {
-        self.stats.garbage += 1;
-        self.drop_link(now, conn, reason);
+    /// Corrects the row of a creditor by what it has just answered, until its
+    /// next row comes.
+    fn correct(&mut self, creditor: InstanceId, change: impl FnOnce(&mut TierRow)) {
+        let row = self.gossip.ledger_mut().get_mut(creditor);
+        if let Some(tier) = row.and_then(|row| row.tiers.first_mut()) {
+            change(tier);
+        }
     }
 
-    fn drop_link(&mut self, now: Duration, conn: u64, reason: String) {
+    fn garbage(&mut self, conn: u64, reason: String) {
+        self.stats.garbage += 1;
+        self.drop_link(conn, reason);
+    }
+
+    fn drop_link(&mut self, conn: u64, reason: String) {
         self.outputs.push_back(Output::Note(Note::Dropped { conn, reason }));
         self.outputs.push_back(Output::Disconnect { conn });
-        self.closed(now, conn, "connection dropped");
+        self.links.closed(conn);
     }
 
     // ---- members ----------------------------------------------------------------
 
-    fn closed(&mut self, now: Duration, conn: u64, reason: &'static str) {
-        if let Some(instance) = self.membership.closed(now, conn) {
-            self.down(now, instance, reason, false);
-        }
-    }
-
-    fn down(&mut self, now: Duration, instance: InstanceId, reason: &'static str, forget: bool) {
-        for conn in self.membership.remove(now, instance, forget) {
+    /// Its loans to this instance are lost with it. What it borrowed here stays
+    /// its own until the leases end: it may only be cut off, and still be
+    /// writing.
+    fn down(&mut self, now: Duration, instance: InstanceId) {
+        for conn in self.links.remove(instance) {
             self.outputs.push_back(Output::Disconnect { conn });
         }
-        self.outputs.push_back(Output::Note(Note::Down(instance, reason)));
-        self.outputs.push_back(Output::CreditorDown { instance });
-        let ended = self.rmanager.debtor_gone(instance);
-        self.note_lapsed(&ended);
+        self.gossip.forget(instance);
+        self.news.remove(&instance);
+        self.outputs.push_back(Output::Note(Note::Down(instance)));
+        if self.announced.remove(&instance).is_some() {
+            self.outputs.push_back(Output::CreditorDown { instance });
+        }
         let (lost, tickets) = self.debts.creditor_lost(instance);
         self.lost(now, lost);
         for ticket in tickets {
             self.refused(now, instance, ticket);
         }
-        self.beat_soon();
+    }
+
+    /// A later process answers at its address, so its own is dead: nothing of
+    /// it can write any more.
+    fn replaced(&mut self, now: Duration, instance: InstanceId) {
+        self.down(now, instance);
+        let ended = self.rmanager.debtor_gone(instance);
+        self.note_lapsed(&ended);
+        self.tell_soon();
     }
 
     /// Host and endpoints of a member whose memory suits this instance.
     fn creditor(&self, instance: InstanceId) -> Option<(u64, Vec<String>)> {
-        let mine = self.config.hello.shape?;
-        let hello = &self.membership.members().get(&instance)?.hello;
-        let suits = hello.shape.is_none_or(|shape| shape == mine) && !hello.creditor.is_empty();
-        suits.then(|| (hello.host, hello.creditor.clone()))
+        let mine = self.config.shape?;
+        let row = self.gossip.ledger().get(instance)?;
+        // A lender's shape may be cut anew; an engine's is its model's.
+        let suits = row.profile.role == Role::Lender || row.shape == Some(mine);
+        (suits && !row.profile.creditor.is_empty()).then(|| (row.profile.host, row.profile.creditor.clone()))
     }
 
-    fn introduce(&mut self, conn: u64, to: InstanceId) {
-        let members = self.membership.members().values().map(|m| &m.hello).filter(|h| h.instance != to);
-        let peers: Vec<_> = members.filter_map(|h| Some((h.instance, h.control.first()?.clone()))).collect();
-        for part in peers.chunks(MAX_PEERS) {
-            self.send(conn, &Message::Peers(part.to_vec()));
-        }
-    }
-
-    fn leave(&mut self) {
-        let instance = self.config.hello.instance;
-        let conns: Vec<_> = self.membership.links().iter().map(|(conn, link)| (*conn, link.instance)).collect();
-        for (conn, peer) in conns {
-            if peer.is_some() {
-                self.send(conn, &Message::Goodbye { instance });
-            }
+    fn leave(&mut self, now: Duration) {
+        self.swim.leave(now);
+        self.flush_swim();
+        let conns: Vec<_> = self.links.open().keys().copied().collect();
+        for conn in conns {
             self.outputs.push_back(Output::Disconnect { conn });
         }
         self.left = true;
@@ -390,43 +491,46 @@ impl Controller {
     // ---- debts ----------------------------------------------------------------
 
     /// Who can lend this instance how much, as far as known.
-    fn lendable(&self) -> BTreeMap<InstanceId, u32> {
-        let Some(shape) = self.config.hello.shape else { return BTreeMap::new() };
-        let members = self.membership.members().iter().filter(|(instance, _)| self.creditor(**instance).is_some());
-        let lendable = members.filter_map(|(instance, member)| {
+    fn lendable(&self, avoid: &[InstanceId]) -> BTreeMap<InstanceId, u32> {
+        let Some(shape) = self.config.shape else { return BTreeMap::new() };
+        let members = self.announced.keys().filter(|instance| !avoid.contains(instance));
+        let lendable = members.filter_map(|instance| {
             let asked = self.debts.outstanding(*instance);
-            Some((*instance, member.row.as_ref()?.lendable(&shape).saturating_sub(asked)))
+            let row = self.gossip.ledger().get(*instance)?;
+            Some((*instance, row.lendable(&shape).saturating_sub(asked)))
         });
         lendable.collect()
     }
 
-    fn borrow(&mut self, now: Duration, request: u64, blocks: u32) {
+    fn borrow(&mut self, now: Duration, request: u64, blocks: u32, avoid: &[InstanceId]) {
         if blocks == 0 {
             return self.outputs.push_back(Output::Granted { request, loans: Vec::new() });
         }
-        let asks = match self.config.hello.shape {
+        let asks = match self.config.shape {
             None => Err(BorrowError::NoShape),
-            Some(_) => self.debts.borrow(now + self.config.ask_timeout, request, blocks, &self.lendable()),
+            Some(_) => {
+                let lendable = self.lendable(avoid);
+                self.debts.borrow(now + self.config.ask_timeout, request, blocks, &lendable)
+            }
         };
         match asks {
-            Ok(asks) => self.ask(&asks),
+            Ok(asks) => self.ask(now, &asks),
             Err(reason) => self.outputs.push_back(Output::Refused { request, reason }),
         }
     }
 
-    fn ask(&mut self, asks: &[Ask]) {
-        let Some(shape) = self.config.hello.shape else { return };
+    fn ask(&mut self, now: Duration, asks: &[Ask]) {
+        let Some(shape) = self.config.shape else { return };
         for ask in asks {
-            let Some(conn) = self.membership.members().get(&ask.creditor).map(|m| m.conn) else { continue };
             let (ticket, request, blocks) = (ask.ticket, ask.request, ask.blocks);
-            self.send(conn, &Message::TryMoveKvCache { ticket, request, blocks, shape });
+            self.send_to(now, ask.creditor, &Message::TryMoveKvCache { ticket, request, blocks, shape });
         }
     }
 
     fn refused(&mut self, now: Duration, creditor: InstanceId, ticket: u64) {
-        let lendable = self.lendable();
+        let lendable = self.lendable(&[]);
         let (progress, asks) = self.debts.refused(now + self.config.ask_timeout, creditor, ticket, &lendable);
-        self.ask(&asks);
+        self.ask(now, &asks);
         self.progress(now, progress);
     }
 
@@ -450,16 +554,15 @@ impl Controller {
         loans.into_iter().for_each(|loan| self.repay(now, loan));
     }
 
-    /// Tells the creditor of a loan that is no longer held.
-    fn repay(&mut self, _now: Duration, loan: Loan) {
-        let Some(member) = self.membership.member_mut(loan.creditor) else { return };
-        let conn = member.conn;
-        if let Some(row) = &mut member.row {
-            let blocks = loan.blocks.len() as u32;
-            row.free = row.free.saturating_add(blocks).min(row.total);
-            row.lent = row.lent.saturating_sub(blocks);
-        }
-        self.send(conn, &Message::Repay { loan: loan.loan, epoch: loan.epoch });
+    /// Tells the creditor of a loan that is no longer held. Should that not
+    /// reach it, the lease ends the loan.
+    fn repay(&mut self, now: Duration, loan: Loan) {
+        let blocks = loan.blocks.len() as u32;
+        self.correct(loan.creditor, |tier| {
+            tier.free = tier.free.saturating_add(blocks).min(tier.total);
+            tier.lent = tier.lent.saturating_sub(blocks);
+        });
+        self.send_to(now, loan.creditor, &Message::Repay { loan: loan.loan, epoch: loan.epoch });
     }
 
     /// Loans are gone. Those of a borrowing under way were never told of: the
@@ -488,7 +591,7 @@ impl Controller {
     fn forgive(&mut self, now: Duration) {
         let gap = now.saturating_sub(self.last);
         if gap > self.config.heartbeat * 2 && self.last > Duration::ZERO {
-            self.membership.prolong(gap);
+            self.links.prolong(gap);
             self.rmanager.prolong(gap);
         }
         self.last = now;
@@ -498,37 +601,50 @@ impl Controller {
         if self.left {
             return;
         }
-        for conn in self.membership.stale_links(now) {
+        let mut changes = Vec::new();
+        self.swim.tick(now, &mut changes);
+        self.changed(now, changes);
+        let (hello, lost) = (self.config.hello_timeout, self.config.lost_after);
+        for conn in self.links.stale(now, hello, lost, |peer| self.debts.owes(peer)) {
             self.outputs.push_back(Output::Disconnect { conn });
-            self.closed(now, conn, "silent");
+            self.links.closed(conn);
         }
         let ended = self.rmanager.expire(now);
         if !ended.is_empty() {
             self.note_lapsed(&ended);
             for record in &ended {
-                if let Some(conn) = self.membership.members().get(&record.debtor).map(|m| m.conn) {
-                    self.send(conn, &Message::Lapsed { loan: record.loan, epoch: record.epoch });
+                let (loan, epoch) = (record.loan, record.epoch);
+                if self.swim.up().contains_key(&record.debtor) {
+                    self.send_to(now, record.debtor, &Message::Lapsed { loan, epoch });
                 }
             }
-            self.beat_soon();
+            self.tell_soon();
         }
         for ask in self.debts.overdue(now) {
             self.refused(now, ask.creditor, ask.ticket);
         }
         if self.beat_next <= now {
-            self.beat_last = now;
             self.beat_next = now + self.config.heartbeat;
-            self.seq += 1;
-            let row = self.row();
-            self.for_members(|this, conn, instance| this.beat(conn, instance, &row));
+            let creditors: Vec<_> = self.debts.creditors().collect();
+            creditors.into_iter().for_each(|creditor| self.beat(now, creditor));
         }
-        if self.introduce_next <= now {
-            self.introduce_next = now + self.config.introduce;
-            self.for_members(Self::introduce);
+        if self.row_next <= now {
+            self.row_last = now;
+            self.row_next = now + pace(self.swim.up().len());
+            self.publish();
         }
-        for address in self.membership.dial(now) {
-            self.outputs.push_back(Output::Connect { address });
+        if self.announce_next <= now {
+            let alone = self.swim.up().is_empty();
+            self.announce_next = now + if alone { self.config.announce.0 } else { self.config.announce.1 };
+            let known: Vec<_> = self.swim.up().values().map(|m| m.address).collect();
+            for address in self.config.join.iter().filter(|address| !known.contains(address)) {
+                self.swim.announce(now, *address);
+            }
         }
+        self.flush_swim();
+        let mut packets = Vec::new();
+        self.gossip.round(now, self.swim.up(), &mut self.rng, &mut |to, packet| packets.push((to, packet)));
+        packets.iter().for_each(|(to, packet)| self.post(*to, packet));
         let settled = self.draining && self.rmanager.lent() == 0 && self.debts.is_empty();
         if settled && !self.drained {
             self.drained = true;
@@ -536,45 +652,66 @@ impl Controller {
         }
     }
 
-    fn for_members(&mut self, mut each: impl FnMut(&mut Self, u64, InstanceId)) {
-        let members: Vec<_> = self.membership.members().iter().map(|(i, m)| (*i, m.conn)).collect();
-        members.into_iter().for_each(|(instance, conn)| each(self, conn, instance));
-    }
-
-    /// A heartbeat as soon as the last one is not too fresh.
-    fn beat_soon(&mut self) {
-        self.beat_next = self.beat_next.min(self.beat_last + SOON);
-    }
-
-    fn beat(&mut self, conn: u64, to: InstanceId, row: &LedgerRow) {
-        let renewals = self.debts.renewals(to);
-        let mut rest = renewals.as_slice();
-        loop {
-            let (part, after) = rest.split_at(rest.len().min(MAX_RENEWALS));
-            self.send(conn, &Message::Heartbeat { seq: self.seq, row: row.clone(), loans: part.to_vec() });
-            rest = after;
-            if rest.is_empty() {
-                break;
-            }
+    fn flush_swim(&mut self) {
+        while let Some((to, bytes)) = self.swim.next_datagram() {
+            self.post(to, &Packet::Swim(bytes));
         }
     }
 
-    fn row(&self) -> LedgerRow {
+    /// Puts this instance's row out, if it says anything new.
+    fn publish(&mut self) {
+        let mut row = self.row();
+        let known = self.gossip.ledger().get(row.instance);
+        if known.is_some_and(|known| Row { stamp: row.stamp, ..known.clone() } == row) {
+            return;
+        }
+        self.stamp.version = self.stamp.version.saturating_add(1);
+        row.stamp = self.stamp;
+        self.gossip.learn(row);
+    }
+
+    /// The row goes out as soon as the last one is not too fresh.
+    fn tell_soon(&mut self) {
+        self.row_next = self.row_next.min(self.row_last + SOON.max(pace(self.swim.up().len()) / 4));
+    }
+
+    fn beat(&mut self, now: Duration, to: InstanceId) {
+        let renewals = self.debts.renewals(to);
+        let sent_us = now.as_micros() as u64;
+        for part in renewals.chunks(MAX_RENEWALS) {
+            self.send_to(now, to, &Message::Heartbeat { sent_us, loans: part.to_vec() });
+        }
+    }
+
+    fn row(&self) -> Row {
         let pool = self.rmanager.pool();
         let total = pool.as_ref().map_or(0, |pool| pool.blocks());
-        let free = self.rmanager.free();
-        LedgerRow {
-            total,
-            free,
-            lent: self.rmanager.lent(),
-            lend_cap: self.rmanager.lend_cap(),
-            borrowed: self.debts.borrowed(),
+        let mut debts = self.rmanager.debts();
+        debts.sort_by_key(|debt| (std::cmp::Reverse(debt.blocks), debt.debtor));
+        debts.truncate(MAX_DEBTORS);
+        let mut links: Vec<_> = self.links.rows().collect();
+        links.truncate(MAX_LINKS);
+        Row {
+            instance: self.config.instance,
+            stamp: self.stamp,
+            profile: self.config.profile.clone(),
+            service: if self.draining { Service::Draining } else { Service::Serving },
             shape: pool.as_ref().map(|pool| *pool.shape()),
             shapeable_bytes: self.rmanager.shapeable_bytes(),
-            tiers: vec![TierRow { tier: self.config.tier, total, free }],
+            tiers: vec![TierRow {
+                tier: self.config.tier,
+                total,
+                free: self.rmanager.free(),
+                lent: self.rmanager.lent(),
+                lend_cap: self.rmanager.lend_cap(),
+            }],
+            debts,
+            borrowed: self.debts.borrowed(),
             running: self.local.running,
             waiting: self.local.waiting,
-            service: if self.draining { Service::Draining } else { Service::Serving },
+            tokens_s: self.local.tokens_s,
+            perf: self.local.perf,
+            links,
         }
     }
 
@@ -583,6 +720,25 @@ impl Controller {
         for record in ended {
             let (debtor, loan, blocks) = (record.debtor, record.loan, record.blocks.len() as u32);
             self.outputs.push_back(Output::Note(Note::Lapsed { debtor, loan, blocks }));
+        }
+    }
+
+    /// Says something to an instance, over a connection that may have to be
+    /// made first. What cannot be said now is dropped: asks have a time limit,
+    /// loans a lease, heartbeats a successor.
+    fn send_to(&mut self, now: Duration, instance: InstanceId, message: &Message) {
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        let row = self.gossip.ledger().get(instance);
+        let address = row.and_then(|row| row.profile.control.first()).cloned();
+        match self.links.route(now, instance, address.as_deref(), &bytes) {
+            Route::Send(conn) => self.outputs.push_back(Output::Send { conn, bytes }),
+            Route::Connect => {
+                if let Some(address) = address {
+                    self.outputs.push_back(Output::Connect { address });
+                }
+            }
+            Route::Wait | Route::Unreachable => {}
         }
     }
 

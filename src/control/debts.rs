@@ -114,6 +114,17 @@ impl Debts {
         self.loans.values().map(|loan| loan.blocks.len() as u32).sum()
     }
 
+    /// Whose loans are held.
+    pub fn creditors(&self) -> impl Iterator<Item = InstanceId> + '_ {
+        let mut last = None;
+        self.loans.keys().map(|(creditor, _)| *creditor).filter(move |c| last.replace(*c) != Some(*c))
+    }
+
+    /// Is any loan of `creditor` held?
+    pub fn owes(&self, creditor: InstanceId) -> bool {
+        self.loans.range((creditor, LoanId(0))..).next().is_some_and(|((c, _), _)| *c == creditor)
+    }
+
     /// Loans to renew with `creditor`.
     pub fn renewals(&self, creditor: InstanceId) -> Vec<Renewal> {
         let range = (creditor, LoanId(0))..=(creditor, LoanId(u32::MAX));

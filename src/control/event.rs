@@ -1,24 +1,38 @@
 //! What happens to a controller, and what it wants done.
 
+use core::net::SocketAddr;
+
 use serde::{Deserialize, Serialize};
 
 use super::debts::{BorrowError, Loan};
 use super::message::Refusal;
+use super::perf::PerfModel;
 use crate::kv::rblock::{InstanceId, LoanId};
 
 /// The engine's share of the instance's ledger row.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LocalStats {
     /// Requests in the batch.
     pub running: u32,
     /// Requests in the queue.
     pub waiting: u32,
+    /// Tokens generated a second, smoothed.
+    pub tokens_s: u32,
+    /// How its steps take time, once that is known.
+    pub perf: Option<PerfModel>,
 }
 
 /// What happens to a controller. Connections are named by the driver and never
 /// named alike twice.
 #[derive(Clone, Copy, Debug)]
 pub enum Input<'a> {
+    /// A datagram; untrusted.
+    Datagram {
+        /// Where it came from: where an answer goes.
+        from: SocketAddr,
+        /// What.
+        bytes: &'a [u8],
+    },
     /// A connection asked for by [`Output::Connect`] is open.
     PeerConnected {
         /// Its name from now on.
@@ -56,6 +70,8 @@ pub enum Input<'a> {
         request: u64,
         /// So many.
         blocks: u32,
+        /// Not from these.
+        avoid: &'a [InstanceId],
     },
     /// A request needs none of its loans any more, nor the borrowing that may
     /// be under way.
@@ -76,13 +92,20 @@ pub enum Input<'a> {
     Tick,
     /// Take nothing new; see [`Output::Drained`].
     Drain,
-    /// Say goodbye and close every connection.
+    /// Leave the cluster and close every connection.
     Leave,
 }
 
 /// What a controller wants done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Output {
+    /// Send a datagram; it may be lost.
+    Datagram {
+        /// Where to.
+        to: SocketAddr,
+        /// What, sealed.
+        bytes: Vec<u8>,
+    },
     /// Connect to a control address.
     Connect {
         /// Where.
@@ -120,7 +143,8 @@ pub enum Output {
         /// Which.
         loans: Vec<Loan>,
     },
-    /// A member whose memory may be borrowed is there.
+    /// A member whose memory may be borrowed is there; told again when it
+    /// returns.
     CreditorUp {
         /// Who.
         instance: InstanceId,
@@ -145,8 +169,10 @@ pub enum Output {
 pub enum Note {
     /// A member is up.
     Up(InstanceId),
-    /// A member is down, and why.
-    Down(InstanceId, &'static str),
+    /// A member is down.
+    Down(InstanceId),
+    /// This instance was taken for dead by others and returned.
+    Renewed(u32),
     /// A connection was closed for what came over it.
     Dropped {
         /// Which.
@@ -174,6 +200,12 @@ pub struct ControlStats {
     pub garbage: u64,
     /// Hellos of another cluster.
     pub foreign: u64,
+    /// Datagrams that were not sealed with the cluster's key.
+    pub unsealed: u64,
+    /// Datagrams sent.
+    pub datagrams: u64,
+    /// Their bytes.
+    pub datagram_bytes: u64,
     /// Loans given.
     pub granted: u64,
     /// Asks refused as creditor.

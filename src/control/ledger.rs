@@ -3,8 +3,9 @@
 //! newest wins (paper, section "gManager"; made decentral here).
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
-use super::row::{Row, Stamp};
+use super::row::Row;
 use crate::kv::rblock::InstanceId;
 
 /// The newest row known of every instance.
@@ -51,9 +52,13 @@ impl Ledger {
         self.rows.values()
     }
 
-    /// How new each row is, by instance.
-    pub fn stamps(&self) -> impl Iterator<Item = (InstanceId, Stamp)> + '_ {
-        self.rows.iter().map(|(instance, row)| (*instance, row.stamp))
+    /// The rows of the instances from `from` on and before `until`, where
+    /// given, by instance.
+    pub fn range(&self, from: InstanceId, until: Option<InstanceId>) -> impl Iterator<Item = &Row> {
+        let end = until.map_or(Bound::Unbounded, Bound::Excluded);
+        // An empty range where the bounds cross: they may come from a peer.
+        let start = until.map_or(from, |until| from.min(until));
+        self.rows.range((Bound::Included(start), end)).map(|(_, row)| row)
     }
 
     /// Rows.

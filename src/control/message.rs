@@ -3,24 +3,19 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::row::{Row, Stamp};
 use crate::kv::rblock::{BlockIndex, InstanceId, KvShape, LoanId};
 
 pub use super::codec::DecodeError;
 
 /// Version of the wire format; a peer of another is refused.
-pub const VERSION: u8 = 1;
-/// Most addresses of one endpoint.
-pub const MAX_ADDRESSES: usize = 8;
-/// Longest address, bytes.
-pub const MAX_ADDRESS: usize = 256;
-/// Most tiers in a row.
-pub const MAX_TIERS: usize = 4;
+pub const VERSION: u8 = 2;
 /// Most loans renewed by one heartbeat; more go in further heartbeats.
 pub const MAX_RENEWALS: usize = 1024;
 /// Most block ranges of one grant; what is more scattered is refused.
 pub const MAX_RANGES: usize = 32 * 1024;
-/// Most peers introduced at once.
-pub const MAX_PEERS: usize = 256;
+/// Most rows in one datagram.
+pub const MAX_ROWS: usize = 64;
 
 /// What a member does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,97 +35,6 @@ pub enum Service {
     Serving,
     /// It is about to leave: nothing new, no new loans.
     Draining,
-}
-
-/// Kinds of memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Tier {
-    /// The device's own.
-    Device,
-    /// The host's.
-    Host,
-}
-
-/// rBlocks of one tier.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TierRow {
-    /// Which.
-    pub tier: Tier,
-    /// Blocks in all.
-    pub total: u32,
-    /// Of these free.
-    pub free: u32,
-}
-
-/// An instance's line in the global debt ledger. Counts are rBlocks.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LedgerRow {
-    /// In all.
-    pub total: u32,
-    /// Nobody's, or kept only for prefix reuse.
-    pub free: u32,
-    /// Lent to debtors.
-    pub lent: u32,
-    /// Most that may be lent.
-    pub lend_cap: u32,
-    /// Borrowed from creditors.
-    pub borrowed: u32,
-    /// Shape of the pool as it is cut now.
-    pub shape: Option<KvShape>,
-    /// Bytes that can still be cut to any shape and lent (a lender without a
-    /// model of which nothing is lent), else 0.
-    pub shapeable_bytes: u64,
-    /// The same by tier.
-    pub tiers: Vec<TierRow>,
-    /// Requests in the batch.
-    pub running: u32,
-    /// Requests in the queue.
-    pub waiting: u32,
-    /// Takes new work?
-    pub service: Service,
-}
-
-impl LedgerRow {
-    /// Blocks of `shape` that a debtor may hope to borrow.
-    pub fn lendable(&self, shape: &KvShape) -> u32 {
-        if self.service == Service::Draining {
-            0
-        } else if self.shape.as_ref() == Some(shape) {
-            self.free.min(self.lend_cap.saturating_sub(self.lent))
-        } else {
-            let block = shape.block_bytes() as u64;
-            u32::try_from(self.shapeable_bytes.checked_div(block).unwrap_or(0)).unwrap_or(u32::MAX)
-        }
-    }
-}
-
-/// Who a member is. The first message on every connection, both ways.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Hello {
-    /// Which cluster it means to join.
-    pub cluster: [u8; 16],
-    /// Its id: one process life.
-    pub instance: InstanceId,
-    /// When that life began, milliseconds since 1970: of two lives at the same
-    /// address the later one is real.
-    pub started: u64,
-    /// What it does.
-    pub role: Role,
-    /// Fingerprint of its model, if it runs one.
-    pub model: Option<[u8; 32]>,
-    /// Shape of its model's KV, if it runs one.
-    pub shape: Option<KvShape>,
-    /// Where its control plane is reached, best first.
-    pub control: Vec<String>,
-    /// Where its creditor is reached, best first.
-    pub creditor: Vec<String>,
-    /// Names the host: equal for instances that can share memory.
-    pub host: u64,
-    /// Rank under a launcher, else 0.
-    pub rank: u32,
-    /// `host:port` of its HTTP server; empty without one.
-    pub http: String,
 }
 
 /// A debtor still wants this loan.
@@ -174,16 +78,26 @@ pub struct BlockRange {
 /// One message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
-    /// Who I am.
-    Hello(Hello),
-    /// I am alive; my row; and the loans of yours that I still need.
+    /// Who speaks, and in which cluster. The first message on every
+    /// connection, both ways.
+    Hello {
+        /// Which cluster it means to join.
+        cluster: [u8; 16],
+        /// Its id: one process life.
+        instance: InstanceId,
+    },
+    /// Debtor → creditor: I am alive, and these loans of yours I still need.
     Heartbeat {
-        /// Rises by one; an older one is stale.
-        seq: u64,
-        /// The sender's row.
-        row: LedgerRow,
+        /// The debtor's clock, microseconds; comes back in the answer.
+        sent_us: u64,
         /// Loans held from the receiver.
         loans: Vec<Renewal>,
+    },
+    /// Creditor → debtor: heard, and renewed but for those that
+    /// [`Lapsed`](Self::Lapsed) names.
+    Heard {
+        /// As it was sent.
+        sent_us: u64,
     },
     /// Debtor → creditor: reserve `blocks` before any data moves.
     TryMoveKvCache {
@@ -241,13 +155,42 @@ pub enum Message {
         /// Its epoch.
         epoch: u32,
     },
-    /// The sender leaves.
-    Goodbye {
-        /// Who.
-        instance: InstanceId,
-    },
-    /// Members the sender knows, each with its control address.
-    Peers(Vec<(InstanceId, String)>),
+}
+
+/// One datagram, before sealing.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Packet {
+    /// A message of the membership protocol.
+    Swim(Vec<u8>),
+    /// How new the sender's rows of a range of instances are.
+    Digest(Digest),
+    /// Rows, each of which counts if it is newer.
+    Rows(Vec<Row>),
+}
+
+/// A page of the ledger's digest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Digest {
+    /// First instance that it speaks of.
+    pub from: InstanceId,
+    /// The first instance that it does not speak of any more; `None`: none.
+    pub until: Option<InstanceId>,
+    /// What the sender has of these, ascending.
+    pub stamps: Vec<(InstanceId, Stamp)>,
+    /// It answers another one: answer with rows only.
+    pub answer: bool,
+}
+
+impl Packet {
+    /// Reads a datagram that was opened. Total.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        super::codec::decode_packet(bytes)
+    }
+
+    /// Appends its bytes. Lists must be within their limits.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        super::codec::encode_packet(self, out);
+    }
 }
 
 impl Message {

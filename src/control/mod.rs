@@ -12,13 +12,17 @@ mod config;
 pub mod controller;
 pub mod debts;
 mod event;
+pub mod gossip;
 pub mod ledger;
-pub mod membership;
+mod links;
 pub mod message;
 pub mod perf;
 pub mod rmanager;
 pub mod row;
+pub mod seal;
+pub mod swim;
 pub mod view;
+mod wire;
 
 #[cfg(test)]
 mod tests;

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use super::message::{BlockRange, MAX_RANGES, Refusal};
+use super::row::Debt;
 use crate::kv::pool::KvPool;
 use crate::kv::prefix::PrefixCache;
 use crate::kv::rblock::{BlockIndex, InstanceId, KvShape, LoanId};
@@ -204,6 +205,13 @@ impl RManager {
         self.loans.values().map(|lent| &lent.record)
     }
 
+    /// What each debtor owes, by instance.
+    pub fn debts(&self) -> Vec<Debt> {
+        let mut owed: BTreeMap<InstanceId, u32> = BTreeMap::new();
+        self.loans().for_each(|record| *owed.entry(record.debtor).or_default() += record.blocks.len() as u32);
+        owed.into_iter().map(|(debtor, blocks)| Debt { debtor, blocks }).collect()
+    }
+
     /// Reserves `blocks` of `shape` for a debtor's request; nothing changes
     /// where it is refused. From here on the blocks may be written and, as far
     /// as the debtor says they are filled, attended to.
@@ -288,7 +296,7 @@ impl RManager {
         self.loans.values_mut().for_each(|lent| lent.until += gap);
     }
 
-    /// Ends the loans of a debtor that is gone, and says which.
+    /// Ends the loans of a debtor whose process is certainly dead, and says which.
     pub fn debtor_gone(&mut self, debtor: InstanceId) -> Vec<Arc<LoanRecord>> {
         self.end_where(|lent| lent.record.debtor == debtor)
     }

@@ -131,6 +131,11 @@ pub struct Row {
 }
 
 impl Row {
+    /// Bytes of the row in a datagram.
+    pub fn encoded_len(&self) -> usize {
+        super::codec::row_len(self)
+    }
+
     /// rBlocks of all tiers.
     pub fn total(&self) -> u32 {
         self.tiers.iter().map(|t| t.total).sum()

@@ -3,8 +3,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::message::{LedgerRow, Role};
-use crate::kv::rblock::{InstanceId, LoanId};
+use super::message::{Role, Service};
+use super::perf::PerfModel;
+use super::row::{Debt, LinkRow, Row, TierRow};
+use crate::kv::rblock::{InstanceId, KvShape, LoanId};
 
 /// All that is known of the cluster.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -13,6 +15,8 @@ pub struct LedgerView {
     pub instances: Vec<InstanceEntry>,
     /// Loans that this instance gave or took.
     pub loans: Vec<LoanEntry>,
+    /// Who owes whom how much, of all instances.
+    pub debts: Vec<DebtEntry>,
     /// Connections of this instance's control plane to members.
     pub links: Vec<LinkEntry>,
 }
@@ -24,6 +28,17 @@ pub struct InstanceEntry {
     pub id: String,
     /// This is the instance that was asked.
     pub me: bool,
+    /// How often it was taken for dead and was not.
+    pub life: u32,
+    /// Its own words; `None` before they came.
+    pub row: Option<RowEntry>,
+    /// Milliseconds since its row last changed here.
+    pub row_age_ms: u64,
+}
+
+/// What an instance says of itself. Counts are rBlocks, of all tiers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RowEntry {
     /// Engine or lender.
     pub role: Role,
     /// Rank under a launcher.
@@ -34,10 +49,82 @@ pub struct InstanceEntry {
     pub http: String,
     /// Fingerprint of its model, hexadecimal.
     pub model: Option<String>,
-    /// Its own words; `None` before its first heartbeat.
-    pub row: Option<LedgerRow>,
-    /// Milliseconds since it was last heard.
-    pub silent_ms: u64,
+    /// Version of the row.
+    pub version: u32,
+    /// Takes new work?
+    pub service: Service,
+    /// In all.
+    pub total: u32,
+    /// Nobody's, or kept only for prefix reuse.
+    pub free: u32,
+    /// Lent to debtors.
+    pub lent: u32,
+    /// Most that may be lent.
+    pub lend_cap: u32,
+    /// Borrowed from creditors.
+    pub borrowed: u32,
+    /// Shape of the pool as it is cut now.
+    pub shape: Option<KvShape>,
+    /// Bytes that can still be cut to any shape and lent.
+    pub shapeable_bytes: u64,
+    /// The same by tier.
+    pub tiers: Vec<TierRow>,
+    /// Requests in the batch.
+    pub running: u32,
+    /// Requests in the queue.
+    pub waiting: u32,
+    /// Tokens generated a second.
+    pub tokens_s: u32,
+    /// How its steps take time.
+    pub perf: Option<PerfModel>,
+    /// Links it measured.
+    pub links: Vec<LinkRow>,
+}
+
+impl From<&Row> for RowEntry {
+    fn from(row: &Row) -> Self {
+        let profile = &row.profile;
+        Self {
+            role: profile.role,
+            rank: profile.rank,
+            host: profile.host,
+            http: profile.http.clone(),
+            model: profile.model.map(|m| m.iter().map(|byte| format!("{byte:02x}")).collect()),
+            version: row.stamp.version,
+            service: row.service,
+            total: row.total(),
+            free: row.free(),
+            lent: row.lent(),
+            lend_cap: row.lend_cap(),
+            borrowed: row.borrowed,
+            shape: row.shape,
+            shapeable_bytes: row.shapeable_bytes,
+            tiers: row.tiers.clone(),
+            running: row.running,
+            waiting: row.waiting,
+            tokens_s: row.tokens_s,
+            perf: row.perf,
+            links: row.links.clone(),
+        }
+    }
+}
+
+/// What one instance owes another.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DebtEntry {
+    /// Who lends.
+    pub creditor: String,
+    /// Who borrows.
+    pub debtor: String,
+    /// rBlocks.
+    pub blocks: u32,
+}
+
+impl DebtEntry {
+    /// One line of a creditor's row.
+    pub fn new(creditor: InstanceId, debt: &Debt) -> Self {
+        Self { creditor: id(creditor), debtor: id(debt.debtor), blocks: debt.blocks }
+    }
 }
 
 /// One loan.

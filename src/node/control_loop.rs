@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use distkv_fabric::{Address, Event, PeerId, Transport, Waker};
 
+use super::datagrams::Datagrams;
 use crate::control::controller::{Controller, Input, Loan, LocalStats, Note, Output};
 use crate::control::view::LedgerView;
 use crate::engine::{Command, GrantedLoan, Treasury};
@@ -81,6 +82,7 @@ struct Creditor {
 /// The loop's state.
 pub(super) struct ControlLoop {
     pub(super) transport: Box<dyn Transport>,
+    pub(super) datagrams: Datagrams,
     pub(super) controller: Controller,
     pub(super) inbox: Receiver<NodeCommand>,
     /// The engine, where there is one.
@@ -102,6 +104,9 @@ impl ControlLoop {
         while !state.left {
             self.take_commands(start, &mut state);
             self.take_events(start, &mut state);
+            while let Some((from, bytes)) = self.datagrams.receive() {
+                self.feed(start.elapsed(), &mut state, Input::Datagram { from, bytes: &bytes });
+            }
             let now = start.elapsed();
             if self.controller.deadline().is_some_and(|d| d <= now) {
                 let figures = (self.figures)();
@@ -110,7 +115,7 @@ impl ControlLoop {
             }
             self.report_memory(&mut state);
             if now >= published {
-                self.view.publish(self.controller.ledger(now), state.drained);
+                self.view.publish(self.controller.view(now), state.drained);
                 published = now + Duration::from_millis(50);
             }
             let until = self.controller.deadline().unwrap_or(now).max(now) - now;
@@ -119,7 +124,7 @@ impl ControlLoop {
                 break;
             }
         }
-        self.view.publish(self.controller.ledger(start.elapsed()), state.drained);
+        self.view.publish(self.controller.view(start.elapsed()), state.drained);
     }
 
     fn take_commands(&mut self, start: Instant, state: &mut State) {
@@ -127,7 +132,7 @@ impl ControlLoop {
             let now = start.elapsed();
             match command {
                 NodeCommand::Borrow { seq, blocks } => {
-                    self.feed(now, state, Input::Borrow { request: seq, blocks: blocks as u32 });
+                    self.feed(now, state, Input::Borrow { request: seq, blocks: blocks as u32, avoid: &[] });
                 }
                 NodeCommand::Repay { creditor, loan } => self.feed(now, state, Input::RepayLoan { creditor, loan }),
                 NodeCommand::CreditorFailed { creditor, reason } => {
@@ -194,6 +199,7 @@ impl ControlLoop {
 
     fn carry_out(&mut self, now: Duration, state: &mut State, output: Output) {
         match output {
+            Output::Datagram { to, bytes } => self.datagrams.send(to, &bytes),
             Output::Connect { address } => match self.transport.connect(&Address(address.clone()), b"") {
                 Ok(peer) => {
                     state.dialing.insert(peer.0, address);
@@ -252,11 +258,10 @@ impl ControlLoop {
         let Some(shape) = &self.shape else { return };
         let lent = self.controller.rmanager().lent();
         let (mut free, mut cap) = (0, 0);
-        let ledger = self.controller.ledger(Duration::ZERO);
-        for row in ledger.instances.iter().filter(|i| !i.me).filter_map(|i| i.row.as_ref()) {
+        for row in self.controller.creditors() {
             let lendable = row.lendable(shape);
             free += lendable as usize;
-            cap += if row.shape.as_ref() == Some(shape) { row.lend_cap } else { lendable } as usize;
+            cap += if row.shape.as_ref() == Some(shape) { row.lend_cap() } else { lendable } as usize;
         }
         if (free, cap) != state.lendable {
             state.lendable = (free, cap);
@@ -298,8 +303,8 @@ enum Happened {
 fn log(note: &Note) {
     match note {
         Note::Up(instance) => tracing::info!(%instance, "a member joined"),
-        Note::Down(instance, "left") => tracing::info!(%instance, "a member left"),
-        Note::Down(instance, reason) => tracing::warn!(%instance, reason, "a member is gone"),
+        Note::Down(instance) => tracing::warn!(%instance, "a member is gone"),
+        Note::Renewed(life) => tracing::warn!(life, "others took this node for dead; it has joined again"),
         Note::Dropped { conn, reason } => tracing::warn!(conn, reason, "closed a control connection"),
         Note::CreditorRefused(instance, reason) => tracing::debug!(%instance, ?reason, "a creditor refused"),
         Note::Lapsed { debtor, loan, blocks } => {

@@ -6,6 +6,7 @@
 //! bounded queues, nothing else.
 
 mod control_loop;
+mod datagrams;
 pub mod rank;
 mod start;
 pub mod transports;

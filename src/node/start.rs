@@ -1,6 +1,6 @@
 //! Putting a node together and taking it apart.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, mpsc};
@@ -11,13 +11,16 @@ use distkv_fabric::tcp::{TcpConfig, TcpTransport};
 use distkv_fabric::{Transport, Waker};
 
 use super::control_loop::{ClusterView, ControlLoop, NodeCommand, NodeLink};
+use super::datagrams::Datagrams;
 use super::transports::FabricChoice;
 use crate::attention::creditor::{Creditor, CreditorStats};
 use crate::attention::debtor::{Debtor, DebtorConfig};
 use crate::attention::exchange::ExchangeStats;
 use crate::control::controller::{Config, ConfigError, Controller, LocalStats};
-use crate::control::message::{Hello, Role};
+use crate::control::message::Role;
 use crate::control::rmanager::{PoolSource, RManager};
+use crate::control::row::Profile;
+use crate::control::seal::KEY_BYTES;
 use crate::device::cpu::{CpuDevice, CpuHolder, CpuOptions, Math};
 use crate::device::{Device, DeviceError, HolderKernel};
 use crate::engine::{Command, Engine, EngineConfig, EngineHandle, EngineStats, LogitTap, Parts, Running};
@@ -61,9 +64,12 @@ impl Default for Tuning {
 pub struct NodeConfig {
     /// Names the cluster: members of another are not heard.
     pub cluster: String,
+    /// The cluster's key: who has another is not heard. `None`: one derived from
+    /// the cluster's name, which keeps nobody out who knows the name.
+    pub key: Option<[u8; KEY_BYTES]>,
     /// Rank under a launcher.
     pub rank: u32,
-    /// Control addresses (`tcp://host:port`) to join at.
+    /// Control addresses (`tcp://ip:port`) to join at.
     pub join: Vec<String>,
     /// Where the control plane and the tcp lanes listen.
     pub fabric_listen: SocketAddr,
@@ -121,6 +127,9 @@ pub enum NodeError {
     /// The model could not be loaded.
     #[error("model: {0}")]
     Model(#[from] LoadError),
+    /// An address that is none.
+    #[error("{0}: not an address of the form tcp://ip:port")]
+    Address(String),
     /// The control plane refused its configuration.
     #[error("control: {0}")]
     Control(#[from] ConfigError),
@@ -191,8 +200,8 @@ impl Node {
         let prefix = Arc::new(Mutex::new(PrefixCache::new(&fingerprint, model.block_tokens)));
         let source = PoolSource::Pool { pool: pool.clone(), prefix: Some(prefix.clone()) };
         let mut assembly = Assembly::new(config, source, Role::Engine)?;
-        assembly.hello.model = Some(fingerprint);
-        assembly.hello.shape = Some(shape);
+        assembly.config.profile.model = Some(fingerprint);
+        assembly.config.shape = Some(shape);
 
         let exchange = Arc::new(ExchangeStats::default());
         let windows = if model.config.windows.iter().all(Option::is_none) {
@@ -202,7 +211,7 @@ impl Node {
         };
         let debtor = Debtor::new(
             DebtorConfig {
-                instance: assembly.hello.instance,
+                instance: assembly.config.instance,
                 attention: model.config.attention,
                 windows,
                 max_rows: model.schedule.max_rows,
@@ -340,35 +349,44 @@ impl Node {
 /// What all kinds of node have in common while they are put together.
 struct Assembly {
     control: Box<dyn Transport>,
+    gossip: UdpSocket,
     creditors: Vec<Box<dyn Transport>>,
     rmanager: RManager,
-    hello: Hello,
+    config: Config,
     link: NodeLink,
     inbox: mpsc::Receiver<NodeCommand>,
 }
 
 impl Assembly {
     fn new(config: &NodeConfig, source: PoolSource, role: Role) -> Result<Self, NodeError> {
-        let control = TcpTransport::bind(config.fabric_listen, TcpConfig::default())?;
+        let (control, gossip) = listen(config.fabric_listen)?;
         let creditors = config.fabric.open(config.fabric_listen.ip())?;
         let (commands, inbox) = mpsc::channel();
         let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
-        let hello = Hello {
-            cluster: cluster_id(&config.cluster),
-            instance: InstanceId(rand::random()),
-            started,
+        let profile = Profile {
             role,
             model: None,
-            shape: None,
-            control: vec![control.address().0],
-            creditor: creditors.iter().map(|t| t.address().0).collect(),
             host: host_id(),
             rank: config.rank,
+            control: vec![control.address().0],
+            creditor: creditors.iter().map(|t| t.address().0).collect(),
             http: config.http.clone(),
+        };
+        let cluster = derive("distkv cluster id v1", &config.cluster);
+        let key = config.key.unwrap_or_else(|| derive("distkv cluster key from its name v1", &config.cluster));
+        let join = config.join.iter().map(|address| parse(address)).collect::<Result<_, _>>()?;
+        let address = gossip.local_addr()?;
+        let control_config = Config {
+            started,
+            key,
+            join,
+            heartbeat: config.tuning.heartbeat,
+            lost_after: config.tuning.lost_after,
+            ..Config::new(InstanceId(rand::random()), cluster, profile, address)
         };
         let link = NodeLink { commands, waker: control.waker() };
         let rmanager = RManager::new(source, config.lend, config.tuning.lease);
-        Ok(Self { control: Box::new(control), creditors, rmanager, hello, link, inbox })
+        Ok(Self { control: Box::new(control), gossip, creditors, rmanager, config: control_config, link, inbox })
     }
 
     fn finish(
@@ -392,27 +410,22 @@ impl Assembly {
             let (stop, spin) = (stop.clone(), config.tuning.spin);
             threads.push(std::thread::Builder::new().name(name).spawn(move || creditor.run(&stop, spin))?);
         }
-        let instance = self.hello.instance;
-        let control_address = self.hello.control[0].clone();
-        let (shape, host) = (self.hello.shape, self.hello.host);
-        let controller = Controller::new(
-            Config {
-                heartbeat: config.tuning.heartbeat,
-                lost_after: config.tuning.lost_after,
-                ..Config::new(self.hello, config.join.clone())
-            },
-            self.rmanager,
-            rand::random(),
-        )?;
+        let instance = self.config.instance;
+        let control_address = self.config.profile.control[0].clone();
+        let (shape, host) = (self.config.shape, self.config.profile.host);
+        let controller = Controller::new(self.config, self.rmanager, rand::random())?;
+        let (datagrams, thread) = Datagrams::start(self.gossip, self.control.waker(), stop.clone())?;
+        threads.push(thread);
         let view = ClusterView::default();
         let commands: Option<SyncSender<Command>> = engine.as_ref().map(|e| e.commands.clone());
         let handle = engine.as_ref().map(|e| e.handle.clone());
         let figures = Box::new(move || {
             let stats = handle.as_ref().map(EngineHandle::stats).unwrap_or_default();
-            LocalStats { running: stats.running as u32, waiting: stats.waiting as u32 }
+            LocalStats { running: stats.running as u32, waiting: stats.waiting as u32, ..LocalStats::default() }
         });
         let control = ControlLoop {
             transport: self.control,
+            datagrams,
             controller,
             inbox: self.inbox,
             engine: commands,
@@ -449,10 +462,32 @@ fn host_id() -> u64 {
     u64::from_le_bytes(id)
 }
 
-fn cluster_id(name: &str) -> [u8; 16] {
-    let mut id = [0; 16];
-    id.copy_from_slice(&blake3::derive_key("distkv cluster id v1", name.as_bytes())[..16]);
-    id
+/// `N` bytes out of the cluster's name, for one purpose.
+fn derive<const N: usize>(purpose: &str, name: &str) -> [u8; N] {
+    let mut bytes = [0; N];
+    blake3::Hasher::new_derive_key(purpose).update(name.as_bytes()).finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+fn parse(address: &str) -> Result<SocketAddr, NodeError> {
+    let bare = address.strip_prefix("tcp://").unwrap_or(address);
+    bare.parse().map_err(|_| NodeError::Address(address.to_owned()))
+}
+
+/// The control plane's listener, and the socket of its datagrams at the same
+/// address and port. Where any port will do, one is looked for that is free for
+/// both.
+fn listen(address: SocketAddr) -> Result<(TcpTransport, UdpSocket), NodeError> {
+    let mut tries = if address.port() == 0 { 16 } else { 1 };
+    loop {
+        tries -= 1;
+        let control = TcpTransport::bind(address, TcpConfig::default())?;
+        match UdpSocket::bind(parse(&control.address().0)?) {
+            Ok(gossip) => return Ok((control, gossip)),
+            Err(error) if tries == 0 => return Err(error.into()),
+            Err(_) => {}
+        }
+    }
 }
 
 /// Names everything that changes the KV of the same tokens: configuration,

@@ -77,6 +77,7 @@ impl Setup {
         let seen = logits.clone();
         let config = NodeConfig {
             cluster: format!("test-{}", rand_name()),
+            key: None,
             rank: 0,
             join: Vec::new(),
             fabric_listen: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),

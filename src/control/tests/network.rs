@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,8 +13,9 @@ use rand_chacha::ChaCha8Rng;
 
 use super::shape;
 use crate::control::controller::{Config, Controller, Input, Loan, Note, Output};
-use crate::control::message::{Hello, Role};
+use crate::control::message::Role;
 use crate::control::rmanager::{PoolSource, RManager};
+use crate::control::row::Profile;
 use crate::kv::pool::KvPool;
 use crate::kv::rblock::{InstanceId, LoanId};
 use crate::kv::table::BlockRef;
@@ -81,6 +83,13 @@ enum Event {
     ConnectFailed { node: usize, address: String },
     Message { conn: u64, bytes: Vec<u8> },
     Closed { conn: u64 },
+    Datagram { from: SocketAddr, to: SocketAddr, bytes: Vec<u8> },
+}
+
+/// The datagram address of whoever listens at a control address `NAME-N`.
+pub fn gossip(address: &str) -> SocketAddr {
+    let number: u16 = address.bytes().fold(7, |sum, byte| sum.wrapping_mul(31).wrapping_add(u16::from(byte)));
+    SocketAddr::from(([10, 0, 0, 1], number))
 }
 
 pub struct World {
@@ -93,6 +102,10 @@ pub struct World {
     count: u64,
     lives: u64,
     pub max_delay: u64,
+    /// Of a hundred datagrams, so many are lost, and as many come twice.
+    pub loss: u32,
+    /// Nodes that no datagram and no connection reaches.
+    pub cut: Vec<usize>,
     /// Borrowings that took from several creditors.
     pub split: u64,
 }
@@ -109,6 +122,8 @@ impl World {
             count: 0,
             lives: 0,
             max_delay: 30,
+            loss: 2,
+            cut: Vec::new(),
             split: 0,
         }
     }
@@ -127,20 +142,21 @@ impl World {
             Some(pool) => PoolSource::Pool { pool: pool.clone(), prefix: None },
             None => PoolSource::Bytes(shape.block_bytes() * plan.blocks as usize),
         };
-        let hello = Hello {
-            cluster: [plan.cluster; 16],
-            instance,
-            started,
+        let profile = Profile {
             role: if plan.lender { Role::Lender } else { Role::Engine },
             model: (!plan.lender).then_some([7; 32]),
-            shape: (!plan.lender).then_some(shape),
-            control: vec![plan.address.clone()],
-            creditor: vec![format!("creditor-of-{}", plan.address)],
             host: 1,
             rank: 0,
+            control: vec![plan.address.clone()],
+            creditor: vec![format!("creditor-of-{}", plan.address)],
             http: String::new(),
         };
-        let config = Config::new(hello, plan.join.clone());
+        let config = Config {
+            started,
+            shape: (!plan.lender).then_some(shape),
+            join: plan.join.iter().map(|address| gossip(address)).collect(),
+            ..Config::new(instance, [plan.cluster; 16], profile, gossip(&plan.address))
+        };
         let seed = self.rng.random();
         let control = Controller::new(config, RManager::new(source, plan.lend, LEASE), seed).unwrap();
         self.nodes.push(Node {
@@ -272,6 +288,13 @@ impl World {
                     self.input(node, Input::PeerMessage { conn, bytes: &bytes });
                 }
             }
+            Event::Datagram { from, to, bytes } => {
+                let there = |n: &Node| n.alive && gossip(&n.plan.address) == to;
+                let target = self.nodes.iter().position(there);
+                if let Some(node) = target.filter(|node| !self.cut.contains(node)) {
+                    self.input(node, Input::Datagram { from, bytes: &bytes });
+                }
+            }
             Event::Closed { conn } => {
                 if let Some(node) = open(self, &conn) {
                     self.ends.get_mut(&conn).unwrap().open = false;
@@ -284,7 +307,7 @@ impl World {
     /// Gives a node one input and carries out what it wants.
     pub fn input(&mut self, node: usize, input: Input<'_>) {
         let _ = writeln!(self.log, "{:?} {node} < {input:?}", self.now);
-        if let Input::Borrow { request, blocks } = input {
+        if let Input::Borrow { request, blocks, .. } = input {
             self.nodes[node].borrowing.insert(request, blocks);
         }
         self.nodes[node].control.handle(self.now, input);
@@ -298,6 +321,19 @@ impl World {
     fn output(&mut self, node: usize, output: Output) {
         let now = self.now;
         match output {
+            Output::Datagram { to, bytes } => {
+                assert!(bytes.len() <= 1400, "a datagram of {} bytes", bytes.len());
+                let from = gossip(&self.nodes[node].plan.address);
+                let mut copies = 1;
+                if self.rng.random_range(0..100) < self.loss {
+                    copies = self.rng.random_range(0..=1) * 2;
+                }
+                for _ in 0..if self.cut.contains(&node) { 0 } else { copies } {
+                    let at = now + Duration::from_micros(self.rng.random_range(100..=self.max_delay * 1000));
+                    let key = (at, self.name());
+                    self.events.insert(key, Event::Datagram { from, to, bytes: bytes.clone() });
+                }
+            }
             Output::Connect { address } => {
                 let at = now + Duration::from_micros(self.rng.random_range(100..=self.max_delay * 1000));
                 let key = (at, self.name());
@@ -320,9 +356,9 @@ impl World {
         if !self.nodes[node].alive {
             return;
         }
-        // Every node has a second name, as hosts have.
-        let name = address.strip_prefix("alias-of-").unwrap_or(&address);
-        let Some(target) = self.nodes.iter().position(|n| n.alive && n.plan.address == name) else {
+        let cut = |node: usize| self.cut.contains(&node);
+        let target = self.nodes.iter().position(|n| n.alive && n.plan.address == address);
+        let Some(target) = target.filter(|target| !cut(node) && !cut(*target)) else {
             let key = (self.now + ms(self.rng.random_range(1..50)), self.name());
             self.events.insert(key, Event::ConnectFailed { node, address });
             return;
@@ -365,14 +401,16 @@ impl World {
                 }
             }
             Output::CreditorUp { instance, endpoints, .. } => {
-                assert!(node.creditors.insert(instance, endpoints).is_none(), "up twice");
+                node.creditors.insert(instance, endpoints);
             }
             Output::CreditorDown { instance } => {
                 node.creditors.remove(&instance);
             }
             Output::Note(note) => node.notes.push(note),
             Output::Drained => node.drained = true,
-            Output::Connect { .. } | Output::Send { .. } | Output::Disconnect { .. } => unreachable!(),
+            Output::Datagram { .. } | Output::Connect { .. } | Output::Send { .. } | Output::Disconnect { .. } => {
+                unreachable!()
+            }
         }
     }
 
@@ -443,6 +481,6 @@ impl World {
 
     pub fn up(&self, node: usize, other: usize) -> bool {
         let id = self.nodes[other].instance.to_string();
-        self.nodes[node].control.ledger(self.now).instances.iter().any(|entry| entry.id == id)
+        self.nodes[node].control.view(self.now).instances.iter().any(|entry| entry.id == id)
     }
 }
