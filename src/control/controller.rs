@@ -92,7 +92,8 @@ impl Controller {
             Input::PeerAccepted { conn } => self.membership.accepted(now, conn),
             Input::PeerMessage { conn, bytes } => self.message(now, conn, bytes),
             Input::PeerClosed { conn } => self.closed(now, conn, "connection closed"),
-            Input::Borrow { request, blocks } => self.borrow(now, request, blocks),
+            Input::Borrow { request, blocks } => self.borrow(now, request, blocks, &[]),
+            Input::BorrowApart { request, blocks, avoid } => self.borrow(now, request, blocks, avoid),
             Input::RepayRequest { request } => self.repay_request(now, request),
             Input::RepayLoan { creditor, loan } => {
                 if let Some(loan) = self.debts.repay_loan(creditor, loan) {
@@ -400,13 +401,13 @@ impl Controller {
         lendable.collect()
     }
 
-    fn borrow(&mut self, now: Duration, request: u64, blocks: u32) {
+    fn borrow(&mut self, now: Duration, request: u64, blocks: u32, avoid: &[InstanceId]) {
         if blocks == 0 {
             return self.outputs.push_back(Output::Granted { request, loans: Vec::new() });
         }
         let asks = match self.config.hello.shape {
             None => Err(BorrowError::NoShape),
-            Some(_) => self.debts.borrow(now + self.config.ask_timeout, request, blocks, &self.lendable()),
+            Some(_) => self.debts.borrow(now + self.config.ask_timeout, request, blocks, &self.lendable(), avoid),
         };
         match asks {
             Ok(asks) => self.ask(&asks),

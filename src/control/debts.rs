@@ -94,6 +94,13 @@ struct Borrowing {
     refused: BTreeSet<InstanceId>,
 }
 
+impl Borrowing {
+    /// Of `lendable`, those that have not refused.
+    fn others(&self, lendable: &BTreeMap<InstanceId, u32>) -> BTreeMap<InstanceId, u32> {
+        lendable.iter().filter(|(i, _)| !self.refused.contains(i)).map(|(i, n)| (*i, *n)).collect()
+    }
+}
+
 /// Everything this instance owes or has asked for.
 #[derive(Default)]
 pub struct Debts {
@@ -132,19 +139,24 @@ impl Debts {
     }
 
     /// Begins to borrow `wanted` blocks for `request` from `lendable` (who can
-    /// lend, how much); returns the asks to send, to be answered by `until`.
+    /// lend, how much), but not from those in `avoid`; returns the asks to send,
+    /// to be answered by `until`.
     pub fn borrow(
         &mut self,
         until: Duration,
         request: u64,
         wanted: u32,
         lendable: &BTreeMap<InstanceId, u32>,
+        avoid: &[InstanceId],
     ) -> Result<Vec<Ask>, BorrowError> {
         if self.borrowings.contains_key(&request) {
             return Err(BorrowError::Busy);
         }
-        let shares = choose(wanted, lendable).map_err(|lendable| BorrowError::Short { wanted, lendable })?;
-        self.borrowings.insert(request, Borrowing { wanted, ..Borrowing::default() });
+        // Whoever is to be avoided is taken to have refused.
+        let borrowing = Borrowing { wanted, refused: avoid.iter().copied().collect(), ..Borrowing::default() };
+        let others = borrowing.others(lendable);
+        let shares = choose(wanted, &others).map_err(|lendable| BorrowError::Short { wanted, lendable })?;
+        self.borrowings.insert(request, borrowing);
         Ok(self.ask(until, request, shares))
     }
 
@@ -270,8 +282,7 @@ impl Debts {
             return (Progress::Unknown, Vec::new());
         };
         borrowing.refused.insert(ask.creditor);
-        let others: BTreeMap<_, _> =
-            lendable.iter().filter(|(i, _)| !borrowing.refused.contains(i)).map(|(i, n)| (*i, *n)).collect();
+        let others = borrowing.others(lendable);
         match choose(ask.blocks, &others) {
             Ok(shares) => (Progress::Waiting, self.ask(until, ask.request, shares)),
             Err(lendable) => {

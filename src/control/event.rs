@@ -57,6 +57,16 @@ pub enum Input<'a> {
         /// So many.
         blocks: u32,
     },
+    /// As [`Input::Borrow`], but not from some creditors: for copies of what
+    /// lies with them.
+    BorrowApart {
+        /// For this request.
+        request: u64,
+        /// So many.
+        blocks: u32,
+        /// From none of these.
+        avoid: &'a [InstanceId],
+    },
     /// A request needs none of its loans any more, nor the borrowing that may
     /// be under way.
     RepayRequest {

@@ -16,7 +16,7 @@ use crate::schedule::sequence::{HeldLoan, SeqId};
 
 /// What reaches the control loop from the node's other threads.
 pub(super) enum NodeCommand {
-    Borrow { seq: SeqId, blocks: usize },
+    Borrow { seq: SeqId, blocks: usize, avoid: Vec<InstanceId> },
     Repay { creditor: InstanceId, loan: LoanId },
     CreditorFailed { creditor: InstanceId, reason: String },
     Drain,
@@ -40,8 +40,8 @@ impl NodeLink {
 }
 
 impl Treasury for NodeLink {
-    fn borrow_blocks(&mut self, seq: SeqId, blocks: usize) {
-        self.tell(NodeCommand::Borrow { seq, blocks });
+    fn borrow_blocks(&mut self, seq: SeqId, blocks: usize, avoid: &[InstanceId]) {
+        self.tell(NodeCommand::Borrow { seq, blocks, avoid: avoid.to_vec() });
     }
 
     fn repay(&mut self, loan: &HeldLoan) {
@@ -126,8 +126,9 @@ impl ControlLoop {
         while let Ok(command) = self.inbox.try_recv() {
             let now = start.elapsed();
             match command {
-                NodeCommand::Borrow { seq, blocks } => {
-                    self.feed(now, state, Input::Borrow { request: seq, blocks: blocks as u32 });
+                NodeCommand::Borrow { seq, blocks, avoid } => {
+                    let (request, blocks) = (seq, blocks as u32);
+                    self.feed(now, state, Input::BorrowApart { request, blocks, avoid: &avoid });
                 }
                 NodeCommand::Repay { creditor, loan } => self.feed(now, state, Input::RepayLoan { creditor, loan }),
                 NodeCommand::CreditorFailed { creditor, reason } => {
@@ -243,7 +244,7 @@ impl ControlLoop {
         let usable = |a: &&Address| same_host || !a.0.starts_with("shm://");
         let addresses = creditor.map_or(&[][..], |c| &c.endpoints).iter().filter(usable).cloned().collect();
         let Loan { creditor, loan, epoch, blocks, .. } = loan;
-        let loan = HeldLoan { creditor, loan, epoch, blocks, assigned: 0, placed: 0 };
+        let loan = HeldLoan::new(creditor, loan, epoch, blocks);
         GrantedLoan { loan, addresses, same_host }
     }
 
