@@ -21,6 +21,8 @@ pub(super) enum NodeCommand {
     CreditorFailed { creditor: InstanceId, reason: String },
     Drain,
     Leave,
+    /// End without a word.
+    Vanish,
 }
 
 /// How other threads reach the control loop.
@@ -139,6 +141,7 @@ impl ControlLoop {
                     self.feed(now, state, Input::Leave);
                     state.left = true;
                 }
+                NodeCommand::Vanish => state.left = true,
             }
         }
     }

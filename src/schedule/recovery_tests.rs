@@ -349,7 +349,7 @@ impl World {
 
     fn finish(&mut self, count: usize, rate: f64) {
         while self.done.len() + self.failed.len() < count {
-            assert!(self.steps < 20_000, "not all sequences came to an end: {:?}", self.scheduler.admitted);
+            assert!(self.steps < 20_000, "not all came to an end: {:?}", self.scheduler);
             // Losses end some time, or nobody would ever get through.
             self.step(if self.steps < 600 { rate } else { 0.0 });
         }
@@ -408,16 +408,18 @@ fn a_loss_while_the_prompt_is_computed_costs_what_was_lost() {
 
 #[test]
 fn what_was_lost_fits_here_and_stays_here() {
-    let mut world = World::new(1, 40, &[10], 1);
-    world.add(1, World::prompt(1, 600), 8);
-    world.run_until(|s| s.get(1).is_some_and(|s| s.tokens.len() > 600));
+    let mut world = World::new(1, 40, &[20], 1);
+    // The beginning of the second goes out for want of room beside the first.
+    world.add(2, World::prompt(2, 300), 8);
+    world.add(1, World::prompt(1, 500), 30);
+    world.run_until(|s| s.get(1).is_some_and(|s| s.tokens.len() > 500) && s.get(2).is_none());
     assert!(world.scheduler.get(1).unwrap().table.remote() > 0);
     let creditor = world.creditor_of(1, 0);
     world.lose(creditor, None);
     world.tell();
     world.step(0.0);
     assert!(world.scheduler.get(1).is_some_and(|s| !s.borrowing));
-    world.finish(1, 0.0);
+    world.finish(2, 0.0);
     assert!(world.failed.is_empty(), "{:?}", world.failed);
 }
 
@@ -430,25 +432,29 @@ fn where_nobody_can_hold_what_was_lost_the_request_ends_with_the_figure() {
     world.lose(creditor, None);
     world.tell();
     world.finish(1, 0.0);
-    assert!(world.failed[&1].contains("needs 45 rBlocks"), "{:?}", world.failed);
+    assert!(world.failed[&1].contains("needs 44 rBlocks"), "{:?}", world.failed);
 }
 
 #[test]
-fn an_old_sequence_that_lost_kv_waits_for_what_the_others_release() {
-    let mut world = World::new(1, 40, &[10], 1);
-    world.add(1, World::prompt(1, 600), 200);
-    world.run_until(|s| s.get(1).is_some_and(|s| s.tokens.len() > 600));
-    for id in 2..4 {
-        world.add(id, World::prompt(id, 20), 30);
-    }
-    world.run_until(|s| s.running() == 3);
+fn a_sequence_that_lost_kv_gets_what_the_others_release() {
+    let mut world = World::new(1, 40, &[20], 1);
+    world.add(2, World::prompt(2, 305), 15);
+    world.add(1, World::prompt(1, 500), 60);
+    world.run_until(|s| s.get(1).is_some_and(|s| s.computed >= 360));
+    assert!(!world.done.contains(&2));
     let creditor = world.creditor_of(1, 0);
     world.lose(creditor, None);
     world.tell();
+    // Nobody lends any more, and 20 + 32 blocks are more than there are.
+    world.add(3, World::prompt(3, 100), 8);
+    while !world.done.contains(&2) {
+        world.step(0.0);
+        assert!(world.scheduler.get(3).is_none(), "a younger one came before it");
+    }
     world.finish(3, 0.0);
-    // 51 blocks at its end, and 40 are left.
-    assert!(world.failed.keys().eq(&[1]), "{:?}", world.failed);
-    assert_eq!(world.done, BTreeSet::from([2, 3]));
+    assert!(world.failed.is_empty(), "{:?}", world.failed);
+    assert_eq!(world.scheduler.recomputed_tokens(), world.lost as u64);
+    assert_eq!(world.scheduler.preemptions(), 0);
 }
 
 #[test]
@@ -516,13 +522,14 @@ fn one_seed(seed: u64) -> (u64, u64) {
 fn random_losses_leave_every_token_where_it_is_looked_for() {
     let seeds = std::env::var("DISTKV_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(500);
     let (mut recoveries, mut recomputed) = (0, 0);
-    for seed in 0..seeds {
+    let first = std::env::var("DISTKV_SEED").ok().and_then(|s| s.parse().ok());
+    for seed in first.map_or(0..seeds, |seed: u64| seed..seed + 1) {
         let outcome = std::panic::catch_unwind(|| one_seed(seed));
         let (a, b) = outcome.unwrap_or_else(|_| panic!("seed {seed} failed"));
         (recoveries, recomputed) = (recoveries + a, recomputed + b);
     }
     println!("{seeds} seeds: {recoveries} recoveries, {recomputed} tokens computed again");
-    assert!(recoveries > seeds / 4);
+    assert!(first.is_some() || recoveries > seeds / 4);
 }
 
 #[test]

@@ -94,6 +94,15 @@ pub struct Scheduler {
     pub(super) order: Vec<usize>,
 }
 
+impl std::fmt::Debug for Scheduler {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { waiting, admitted, lendable, blocked, .. } = self;
+        let mut f = f.debug_struct("Scheduler");
+        f.field("waiting", waiting).field("admitted", admitted).field("lendable", lendable);
+        f.field("blocked", blocked).finish_non_exhaustive()
+    }
+}
+
 impl Scheduler {
     /// An idle scheduler over `pool`.
     pub fn new(config: SchedulerConfig, pool: Arc<KvPool>, prefix: Arc<Mutex<PrefixCache>>) -> Self {
@@ -243,7 +252,13 @@ impl Scheduler {
             let Some(mut s) = self.waiting.pop_front() else { return };
             let need = self.pool.shape().blocks_for(s.tokens.len() + 1);
             if !s.prompt_logits {
-                let (cached, hash) = self.prefix().lookup(self.pool.table(), &s.tokens[..s.tokens.len() - 1]);
+                let mut reusable = s.tokens.len() - 1;
+                if need > self.pool.blocks() as usize {
+                    // Not so much that the rest could not be computed here.
+                    let most = (self.pool.blocks() as usize).saturating_sub(MIN_LOCAL_BLOCKS);
+                    reusable = reusable.min(most * s.table.block_tokens() as usize);
+                }
+                let (cached, hash) = self.prefix().lookup(self.pool.table(), &s.tokens[..reusable]);
                 s.hashed = cached.len();
                 s.hash = hash;
                 cached.into_iter().for_each(|block| s.table.push(Placement::Local(block)));
