@@ -331,3 +331,25 @@ pub fn choose(wanted: u32, lendable: &BTreeMap<InstanceId, u32>) -> Result<Vec<(
     }
     if left == 0 { Ok(shares) } else { Err(wanted - left) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_to_be_avoided_is_asked_neither_first_nor_when_another_refuses() {
+        let lendable: BTreeMap<_, _> = [(1, 50), (2, 20), (3, 10)].map(|(i, n)| (InstanceId(i), n)).into();
+        let (until, mut debts) = (Duration::from_secs(1), Debts::default());
+        let asks = debts.borrow(until, 7, 15, &lendable, &[InstanceId(1)]).unwrap();
+        assert_eq!(asks.iter().map(|a| (a.creditor.0, a.blocks)).collect::<Vec<_>>(), [(2, 15)]);
+        let (progress, asks) = debts.refused(until, InstanceId(2), asks[0].ticket, &lendable);
+        let error = BorrowError::Short { wanted: 15, lendable: 10 };
+        assert_eq!(progress, Progress::Failed { request: 7, error, repay: Vec::new() });
+        assert!(asks.is_empty());
+        // None of the borrowing is left: the next one may ask anybody.
+        let asks = debts.borrow(until, 7, 15, &lendable, &[]).unwrap();
+        assert_eq!(asks[0].creditor, InstanceId(1));
+        let short = BorrowError::Short { wanted: 31, lendable: 30 };
+        assert_eq!(debts.borrow(until, 8, 31, &lendable, &[InstanceId(1)]), Err(short));
+    }
+}
