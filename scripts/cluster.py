@@ -7,7 +7,9 @@
     cluster.py URL tokens FILE          tokens of a text
     cluster.py URL chat FILE QUESTION [MAX_TOKENS [USAGE_FILE]]
                                         streams the answer about the document
-    cluster.py URL ramble PROMPT N      streams a completion of N tokens; prints how it ended
+    cluster.py URL ramble PROMPT N [TEXT_FILE]
+                                        streams a completion of N tokens; prints how it ended, with the
+                                        longest wait between two pieces of text, and leaves the text
 """
 
 import json
@@ -87,15 +89,23 @@ def chat(url, path, question, max_tokens=96, usage_path=None):
             json.dump(usage, file)
 
 
-def ramble(url, prompt, count):
+def ramble(url, prompt, count, text_path=None):
     body = {"prompt": prompt, "temperature": 0, "max_tokens": int(count), "ignore_eos": True}
-    usage = None
+    usage, text, last, stall = None, [], None, 0.0
     for event in events(url + "/v1/completions", body):
         usage = event.get("usage") or usage
         for choice in event["choices"]:
             if choice["text"]:
+                now = time.monotonic()
+                stall = max(stall, now - (last or now))
+                last = now
+                text.append(choice["text"])
                 print("+", end="", file=sys.stderr, flush=True)
-    print(f"finished: {usage['prompt_tokens']} prompt tokens, {usage['completion_tokens']} generated")
+    if text_path:
+        with open(text_path, "w", encoding="utf-8") as file:
+            file.write("".join(text))
+    generated = usage["completion_tokens"]
+    print(f"finished: {usage['prompt_tokens']} prompt tokens, {generated} generated, longest stall {stall:.2f} s")
 
 
 def main(url, command, *arguments):

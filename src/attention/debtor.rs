@@ -6,8 +6,9 @@
 //! stands between a layer's queries and the wire. Every wait has a deadline; a
 //! creditor that misses it, refuses, or goes is *lost*: its lane is closed, so
 //! that nothing late can be merged, the step goes on without it, and
-//! [`finish_step`](Debtor::finish_step) names it, so that the engine fails the
-//! sequences whose keys it held and emits nothing for them.
+//! [`finish_step`](Debtor::finish_step) names it, so that the engine drops the
+//! step of the sequences whose keys it held and has what was lost computed
+//! again.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -59,7 +60,7 @@ pub enum LaneState {
 pub struct BlockMove {
     /// Where it is to lie.
     pub creditor: InstanceId,
-    /// Its local block, which must stay until [`Debtor::settle`].
+    /// Its local block, which must stay until [`Debtor::flush`].
     pub local: BlockIndex,
     /// What the creditor is told once it is complete.
     pub placement: Placement,
@@ -447,11 +448,8 @@ impl Debtor {
         }
     }
 
-    /// Waits until the source bytes of all writes may be overwritten, and
-    /// queues the placements of `moves` for the next plan. The local blocks may
-    /// then be freed, and the creditor's copies attended to from the next step
-    /// on. Moves to a creditor that was lost are not placed.
-    pub fn settle(&mut self, moves: &[BlockMove]) {
+    /// Waits until the source bytes of the writes of `moves` may be overwritten.
+    pub fn flush(&mut self, moves: &[BlockMove]) {
         let deadline = Instant::now() + self.config.deadline;
         let involved: Vec<InstanceId> = {
             let mut all: Vec<_> = moves.iter().map(|m| m.creditor).collect();
@@ -473,6 +471,12 @@ impl Debtor {
                 self.relax(transport, &mut spin);
             }
         }
+    }
+
+    /// Queues the placements of `moves`, whose bytes were written and are right,
+    /// for the next plan: the creditors' copies may be attended to from the next
+    /// step on. Moves to a creditor that was lost are not placed.
+    pub fn place(&mut self, moves: impl IntoIterator<Item = BlockMove>) {
         for m in moves {
             if let Some(lane) = self.lanes.get_mut(&m.creditor) {
                 lane.placements.push(m.placement);

@@ -23,6 +23,8 @@
 pub mod creditor;
 pub mod debtor;
 pub mod exchange;
+#[cfg(test)]
+mod gap_tests;
 pub mod mailbox;
 pub mod wire;
 

@@ -105,6 +105,10 @@ pub struct EngineOptions {
     /// Most sequences in one step.
     #[arg(long, env = "DISTKV_MAX_SEQUENCES", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_sequences: u32,
+    /// Creditors that each lent rBlock is written to, 1 or 2. With 2 a creditor
+    /// may be lost without anything being computed again.
+    #[arg(long, env = "DISTKV_KV_REPLICAS", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
+    pub kv_replicas: u8,
     /// Most requests in the queue; more are answered 429.
     #[arg(long, env = "DISTKV_MAX_WAITING", default_value_t = 1024)]
     pub max_waiting: usize,
@@ -144,6 +148,7 @@ impl EngineOptions {
             chunk_rows,
             max_logits: max_sequences,
             max_sequences,
+            replicas: self.kv_replicas as usize,
         };
         let bar = progress_bar(files.weights.total_bytes());
         let total = files.weights.total_bytes();

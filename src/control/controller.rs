@@ -491,10 +491,9 @@ impl Controller {
     // ---- debts ----------------------------------------------------------------
 
     /// Who can lend this instance how much, as far as known.
-    fn lendable(&self, avoid: &[InstanceId]) -> BTreeMap<InstanceId, u32> {
+    fn lendable(&self) -> BTreeMap<InstanceId, u32> {
         let Some(shape) = self.config.shape else { return BTreeMap::new() };
-        let members = self.announced.keys().filter(|instance| !avoid.contains(instance));
-        let lendable = members.filter_map(|instance| {
+        let lendable = self.announced.keys().filter_map(|instance| {
             let asked = self.debts.outstanding(*instance);
             let row = self.gossip.ledger().get(*instance)?;
             Some((*instance, row.lendable(&shape).saturating_sub(asked)))
@@ -508,10 +507,7 @@ impl Controller {
         }
         let asks = match self.config.shape {
             None => Err(BorrowError::NoShape),
-            Some(_) => {
-                let lendable = self.lendable(avoid);
-                self.debts.borrow(now + self.config.ask_timeout, request, blocks, &lendable)
-            }
+            Some(_) => self.debts.borrow(now + self.config.ask_timeout, request, blocks, &self.lendable(), avoid),
         };
         match asks {
             Ok(asks) => self.ask(now, &asks),
@@ -528,7 +524,7 @@ impl Controller {
     }
 
     fn refused(&mut self, now: Duration, creditor: InstanceId, ticket: u64) {
-        let lendable = self.lendable(&[]);
+        let lendable = self.lendable();
         let (progress, asks) = self.debts.refused(now + self.config.ask_timeout, creditor, ticket, &lendable);
         self.ask(now, &asks);
         self.progress(now, progress);

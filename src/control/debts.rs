@@ -94,6 +94,13 @@ struct Borrowing {
     refused: BTreeSet<InstanceId>,
 }
 
+impl Borrowing {
+    /// Of `lendable`, those that have not refused.
+    fn others(&self, lendable: &BTreeMap<InstanceId, u32>) -> BTreeMap<InstanceId, u32> {
+        lendable.iter().filter(|(i, _)| !self.refused.contains(i)).map(|(i, n)| (*i, *n)).collect()
+    }
+}
+
 /// Everything this instance owes or has asked for.
 #[derive(Default)]
 pub struct Debts {
@@ -143,19 +150,24 @@ impl Debts {
     }
 
     /// Begins to borrow `wanted` blocks for `request` from `lendable` (who can
-    /// lend, how much); returns the asks to send, to be answered by `until`.
+    /// lend, how much), but not from those in `avoid`; returns the asks to send,
+    /// to be answered by `until`.
     pub fn borrow(
         &mut self,
         until: Duration,
         request: u64,
         wanted: u32,
         lendable: &BTreeMap<InstanceId, u32>,
+        avoid: &[InstanceId],
     ) -> Result<Vec<Ask>, BorrowError> {
         if self.borrowings.contains_key(&request) {
             return Err(BorrowError::Busy);
         }
-        let shares = choose(wanted, lendable).map_err(|lendable| BorrowError::Short { wanted, lendable })?;
-        self.borrowings.insert(request, Borrowing { wanted, ..Borrowing::default() });
+        // Whoever is to be avoided is taken to have refused.
+        let borrowing = Borrowing { wanted, refused: avoid.iter().copied().collect(), ..Borrowing::default() };
+        let others = borrowing.others(lendable);
+        let shares = choose(wanted, &others).map_err(|lendable| BorrowError::Short { wanted, lendable })?;
+        self.borrowings.insert(request, borrowing);
         Ok(self.ask(until, request, shares))
     }
 
@@ -281,8 +293,7 @@ impl Debts {
             return (Progress::Unknown, Vec::new());
         };
         borrowing.refused.insert(ask.creditor);
-        let others: BTreeMap<_, _> =
-            lendable.iter().filter(|(i, _)| !borrowing.refused.contains(i)).map(|(i, n)| (*i, *n)).collect();
+        let others = borrowing.others(lendable);
         match choose(ask.blocks, &others) {
             Ok(shares) => (Progress::Waiting, self.ask(until, ask.request, shares)),
             Err(lendable) => {
@@ -330,4 +341,26 @@ pub fn choose(wanted: u32, lendable: &BTreeMap<InstanceId, u32>) -> Result<Vec<(
         left -= share;
     }
     if left == 0 { Ok(shares) } else { Err(wanted - left) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_to_be_avoided_is_asked_neither_first_nor_when_another_refuses() {
+        let lendable: BTreeMap<_, _> = [(1, 50), (2, 20), (3, 10)].map(|(i, n)| (InstanceId(i), n)).into();
+        let (until, mut debts) = (Duration::from_secs(1), Debts::default());
+        let asks = debts.borrow(until, 7, 15, &lendable, &[InstanceId(1)]).unwrap();
+        assert_eq!(asks.iter().map(|a| (a.creditor.0, a.blocks)).collect::<Vec<_>>(), [(2, 15)]);
+        let (progress, asks) = debts.refused(until, InstanceId(2), asks[0].ticket, &lendable);
+        let error = BorrowError::Short { wanted: 15, lendable: 10 };
+        assert_eq!(progress, Progress::Failed { request: 7, error, repay: Vec::new() });
+        assert!(asks.is_empty());
+        // None of the borrowing is left: the next one may ask anybody.
+        let asks = debts.borrow(until, 7, 15, &lendable, &[]).unwrap();
+        assert_eq!(asks[0].creditor, InstanceId(1));
+        let short = BorrowError::Short { wanted: 31, lendable: 30 };
+        assert_eq!(debts.borrow(until, 8, 31, &lendable, &[InstanceId(1)]), Err(short));
+    }
 }

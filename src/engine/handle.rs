@@ -155,6 +155,12 @@ pub struct EngineStats {
     pub preemptions: u64,
     /// Partial results dropped since start: late, foreign or malformed.
     pub partials_rejected: u64,
+    /// Times since start that a request lost KV with a creditor and went on.
+    pub recoveries: u64,
+    /// Tokens computed again since start because their KV was lost.
+    pub recomputed_tokens: u64,
+    /// rBlocks that lie with one creditor although each is to lie with two.
+    pub unreplicated_blocks: usize,
 }
 
 impl EngineHandle {

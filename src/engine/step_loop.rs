@@ -41,9 +41,10 @@ pub struct EngineConfig {
 /// Who gets rBlocks for the engine from elsewhere: the node's control plane.
 /// Calls return at once; answers come back as [`Command`]s.
 pub trait Treasury: Send {
-    /// Asks for `blocks` rBlocks for a sequence; answered by
-    /// [`Command::Granted`] or [`Command::Refused`].
-    fn borrow_blocks(&mut self, seq: SeqId, blocks: usize);
+    /// Asks for `blocks` rBlocks for a sequence, of any creditors but those in
+    /// `avoid`; answered by [`Command::Granted`] or [`Command::Refused`]. One
+    /// borrowing of a sequence at a time.
+    fn borrow_blocks(&mut self, seq: SeqId, blocks: usize, avoid: &[InstanceId]);
     /// Gives a loan back.
     fn repay(&mut self, loan: &HeldLoan);
     /// The lane to a creditor failed, though the control plane may still hear
@@ -336,15 +337,15 @@ where
                 self.scheduler.refused(seq, &reason);
             }
             Command::CreditorLost { creditor, reason } => {
+                tracing::debug!(%creditor, reason, "a creditor is gone");
                 self.debtor.close(creditor);
-                self.lose(&[(creditor, reason)]);
+                self.drop_grants(creditor, None);
+                self.scheduler.lose(creditor, None);
             }
             Command::LoansLost { loans } => {
                 for (creditor, loan) in loans {
-                    let users = self.scheduler.using(creditor, Some(loan));
-                    let message =
-                        format!("part of the request's KV was lost: creditor {creditor} ended loan {}", loan.0);
-                    users.into_iter().for_each(|seq| self.fail(seq, message.clone()));
+                    self.drop_grants(creditor, Some(loan));
+                    self.scheduler.lose(creditor, Some(loan));
                 }
             }
             Command::Lendable { free, cap } => {
@@ -390,7 +391,7 @@ where
             &mut self.debtor,
             &mut self.logits[..rows * vocab],
         );
-        self.debtor.settle(&streaming);
+        self.debtor.flush(&streaming);
         self.settle_losses();
         if let Err(error) = computed {
             for item in &self.batch.items {
@@ -399,14 +400,15 @@ where
             }
             return;
         }
-        self.scheduler.complete(&self.batch);
+        // What a loss has undone leaves the batch here; the rest counts.
+        self.scheduler.complete(&mut self.batch);
+        self.debtor.place(self.batch.spills.iter().map(block_move));
         self.deliver(vocab);
     }
 
     fn deliver(&mut self, vocab: usize) {
         let (mut prompt, mut generated) = (0, 0);
         for item in &self.batch.items {
-            // A sequence that was lost in this step is gone, and with it its rows.
             let Some(sequence) = self.scheduler.get(item.seq) else { continue };
             let logits = &mut self.logits[item.logits.start as usize * vocab..item.logits.end as usize * vocab];
             if let Some(tap) = &mut self.tap {
@@ -415,7 +417,9 @@ where
                 logits.chunks_exact(vocab).zip(first..).for_each(|(row, position)| tap(item.seq, position, row));
             }
             let end = item.position as usize + item.rows.len();
-            prompt += end.min(sequence.prompt_len).saturating_sub(item.position as usize);
+            if !item.again {
+                prompt += end.min(sequence.prompt_len).saturating_sub(item.position as usize);
+            }
             match self.clients.advance(item, sequence, logits, vocab) {
                 Verdict::Continues(None) => {}
                 Verdict::Continues(Some(token)) => {
@@ -441,16 +445,17 @@ where
         }
         let moves: Vec<BlockMove> = self.moves.iter().map(block_move).collect();
         self.debtor.write_blocks(&moves);
-        self.debtor.settle(&moves);
+        self.debtor.flush(&moves);
         self.settle_losses();
-        self.scheduler.moved(&self.moves);
+        self.scheduler.moved(&mut self.moves);
+        self.debtor.place(self.moves.iter().map(block_move));
     }
 
     fn handle_asks(&mut self) {
         for ask in self.scheduler.drain_asks() {
             tracing::debug!(?ask, "the scheduler asks");
             match ask {
-                Ask::Borrow { seq, blocks } => self.treasury.borrow_blocks(seq, blocks),
+                Ask::Borrow { seq, blocks, apart_from } => self.treasury.borrow_blocks(seq, blocks, &apart_from),
                 Ask::Repay(loan) => self.treasury.repay(&loan),
                 Ask::Fail { seq, message } => self.clients.fail(seq, message),
             }
@@ -472,27 +477,26 @@ where
         }
     }
 
+    /// Takes in which creditors the debtor has lost. Their loans count as lost
+    /// and are repaid: a creditor may be alive behind a lane that failed.
     fn settle_losses(&mut self) {
-        let lost = self.debtor.finish_step();
-        for (creditor, reason) in &lost {
-            self.treasury.creditor_failed(*creditor, reason);
-        }
-        self.lose(&lost);
-    }
-
-    /// Fails the sequences that keep KV at creditors that were lost: nothing
-    /// computed without those keys may be shown.
-    fn lose(&mut self, lost: &[(InstanceId, String)]) {
-        for (creditor, reason) in lost {
-            let message = format!("part of the request's KV was lost with creditor {creditor}: {reason}");
-            let users = self.scheduler.using(*creditor, None);
-            users.into_iter().for_each(|seq| self.fail(seq, message.clone()));
+        for (creditor, reason) in self.debtor.finish_step() {
+            self.treasury.creditor_failed(creditor, &reason);
+            self.scheduler.lose(creditor, None);
         }
     }
 
-    fn fail(&mut self, seq: SeqId, message: String) {
-        self.scheduler.remove(seq);
-        self.clients.fail(seq, message);
+    /// Refuses the grants whose lanes are still being opened and that have part
+    /// in a creditor's loans, or the one given, which are lost.
+    fn drop_grants(&mut self, creditor: InstanceId, loan: Option<LoanId>) {
+        for (seq, loans) in std::mem::take(&mut self.opening) {
+            if loans.iter().any(|l| l.is(creditor, loan)) {
+                loans.iter().for_each(|loan| self.treasury.repay(loan));
+                self.scheduler.refused(seq, &format!("creditor {creditor} was lost"));
+            } else {
+                self.opening.push((seq, loans));
+            }
+        }
     }
 
     fn publish(&self) {
@@ -502,6 +506,9 @@ where
         stats.blocks_borrowed = self.scheduler.borrowed();
         stats.preemptions = self.scheduler.preemptions();
         stats.cached_tokens = self.scheduler.cached_tokens();
+        stats.recoveries = self.scheduler.recoveries();
+        stats.recomputed_tokens = self.scheduler.recomputed_tokens();
+        stats.unreplicated_blocks = self.scheduler.unreplicated();
         stats.blocks_cached = self.prefix.lock().unwrap_or_else(PoisonError::into_inner).len();
     }
 }

@@ -17,11 +17,13 @@ use crate::schedule::sequence::{HeldLoan, SeqId};
 
 /// What reaches the control loop from the node's other threads.
 pub(super) enum NodeCommand {
-    Borrow { seq: SeqId, blocks: usize },
+    Borrow { seq: SeqId, blocks: usize, avoid: Vec<InstanceId> },
     Repay { creditor: InstanceId, loan: LoanId },
     CreditorFailed { creditor: InstanceId, reason: String },
     Drain,
     Leave,
+    /// End without a word.
+    Vanish,
 }
 
 /// How other threads reach the control loop.
@@ -41,8 +43,8 @@ impl NodeLink {
 }
 
 impl Treasury for NodeLink {
-    fn borrow_blocks(&mut self, seq: SeqId, blocks: usize) {
-        self.tell(NodeCommand::Borrow { seq, blocks });
+    fn borrow_blocks(&mut self, seq: SeqId, blocks: usize, avoid: &[InstanceId]) {
+        self.tell(NodeCommand::Borrow { seq, blocks, avoid: avoid.to_vec() });
     }
 
     fn repay(&mut self, loan: &HeldLoan) {
@@ -131,8 +133,9 @@ impl ControlLoop {
         while let Ok(command) = self.inbox.try_recv() {
             let now = start.elapsed();
             match command {
-                NodeCommand::Borrow { seq, blocks } => {
-                    self.feed(now, state, Input::Borrow { request: seq, blocks: blocks as u32, avoid: &[] });
+                NodeCommand::Borrow { seq, blocks, avoid } => {
+                    let (request, blocks) = (seq, blocks as u32);
+                    self.feed(now, state, Input::Borrow { request, blocks, avoid: &avoid });
                 }
                 NodeCommand::Repay { creditor, loan } => self.feed(now, state, Input::RepayLoan { creditor, loan }),
                 NodeCommand::CreditorFailed { creditor, reason } => {
@@ -143,6 +146,7 @@ impl ControlLoop {
                     self.feed(now, state, Input::Leave);
                     state.left = true;
                 }
+                NodeCommand::Vanish => state.left = true,
             }
         }
     }
@@ -249,7 +253,7 @@ impl ControlLoop {
         let usable = |a: &&Address| same_host || !a.0.starts_with("shm://");
         let addresses = creditor.map_or(&[][..], |c| &c.endpoints).iter().filter(usable).cloned().collect();
         let Loan { creditor, loan, epoch, blocks, .. } = loan;
-        let loan = HeldLoan { creditor, loan, epoch, blocks, assigned: 0, placed: 0 };
+        let loan = HeldLoan::new(creditor, loan, epoch, blocks);
         GrantedLoan { loan, addresses, same_host }
     }
 

@@ -327,7 +327,17 @@ impl Node {
 
     /// Ends the node: the engine first (requests that still run fail), then it
     /// leaves the cluster.
-    pub fn stop(mut self) {
+    pub fn stop(self) {
+        self.end(NodeCommand::Leave);
+    }
+
+    /// Ends the node as a crash would, as far as others can tell: its
+    /// connections close and nobody is told why. What it lent is gone.
+    pub fn vanish(self) {
+        self.end(NodeCommand::Vanish);
+    }
+
+    fn end(mut self, last: NodeCommand) {
         if let Some(engine) = self.engine.take() {
             // If the engine has ended by itself there is nothing to tell it.
             let _ = engine.commands.send(Command::Stop);
@@ -335,7 +345,7 @@ impl Node {
                 tracing::error!("the engine's thread panicked");
             }
         }
-        self.link.tell(NodeCommand::Leave);
+        self.link.tell(last);
         self.stop.store(true, Ordering::Release);
         self.wakers.iter().for_each(Waker::wake);
         for thread in self.threads.drain(..) {

@@ -18,8 +18,11 @@ pub struct BatchItem {
     /// Position of the first row.
     pub position: u32,
     /// Its rows of logits, as indices into the step's logits: those of the
-    /// last rows of `rows`. Empty where the step ends inside the prompt.
+    /// last rows of `rows`. Empty where the step ends inside the prompt, or
+    /// inside a gap.
     pub logits: Range<u32>,
+    /// The rows' KV had been computed before and was lost.
+    pub again: bool,
 }
 
 /// An rBlock that goes to a creditor.
@@ -41,6 +44,8 @@ pub struct Spill {
     pub position: u32,
     /// Tokens filled.
     pub tokens: u32,
+    /// It goes there to lie a second time: it is not attended to there.
+    pub copy: bool,
 }
 
 impl Spill {

@@ -1,8 +1,15 @@
 //! Which tokens are computed next, and where their KV goes: continuous
 //! batching, chunked prefill mixed with decode, admission, borrowing and
-//! preemption. Pure bookkeeping: no device, clock or thread.
+//! preemption, recovery of lost KV. Pure bookkeeping: no device, clock or
+//! thread.
 
 pub mod batch;
+mod borrowing;
+pub mod gaps;
+mod memory;
+mod recovery;
+#[cfg(test)]
+mod recovery_tests;
 pub mod scheduler;
 pub mod sequence;
 #[cfg(test)]

@@ -31,7 +31,7 @@ impl World {
         let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 2, block_tokens: 16, dtype: KvDtype::F32 };
         let pool = Arc::new(KvPool::new(shape, blocks).unwrap());
         let prefix = Arc::new(Mutex::new(PrefixCache::new(b"test", 16)));
-        let config = SchedulerConfig { max_rows: CHUNK + 8, chunk_rows: CHUNK, max_logits: 8, max_sequences: 8 };
+        let config = SchedulerConfig { max_rows: CHUNK + 8, chunk_rows: CHUNK, max_logits: 8, max_sequences: 8, replicas: 1 };
         let mut scheduler = Scheduler::new(config, pool.clone(), prefix.clone());
         scheduler.set_lendable(lendable);
         let batch = Batch::default();
@@ -63,7 +63,7 @@ impl World {
     fn step(&mut self) -> Vec<SeqId> {
         let mut moves = Vec::new();
         self.scheduler.plan_moves(&mut moves);
-        self.scheduler.moved(&moves);
+        self.scheduler.moved(&mut moves);
         self.scheduler.next_batch(&mut self.batch);
         self.answer();
         self.rows = self.batch.items.iter().map(|i| (i.seq, i.rows.len())).collect();
@@ -72,7 +72,7 @@ impl World {
         places.sort_unstable();
         places.dedup();
         assert_eq!(places.len(), self.batch.tokens.len());
-        self.scheduler.complete(&self.batch);
+        self.scheduler.complete(&mut self.batch);
         let mut done = Vec::new();
         for item in &self.batch.items {
             if item.logits.is_empty() {
@@ -96,12 +96,12 @@ impl World {
         let asks: Vec<_> = self.scheduler.drain_asks().collect();
         for ask in asks {
             match ask {
-                Ask::Borrow { seq, blocks } if blocks <= self.lendable => {
+                Ask::Borrow { seq, blocks, .. } if blocks <= self.lendable => {
                     self.lendable -= blocks;
                     let loan = LoanId(self.loans.len() as u32 + 1);
                     self.loans.insert(loan, blocks);
                     let blocks = (0..blocks as u32).collect();
-                    let held = HeldLoan { creditor: LENDER, loan, epoch: 1, blocks, assigned: 0, placed: 0 };
+                    let held = HeldLoan::new(LENDER, loan, 1, blocks);
                     self.scheduler.granted(seq, vec![held]);
                 }
                 Ask::Borrow { seq, .. } => self.scheduler.refused(seq, "nobody has that much"),

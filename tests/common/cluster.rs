@@ -65,11 +65,12 @@ pub struct Setup {
     pub chunk: usize,
     pub threads: usize,
     pub tuning: Tuning,
+    pub replicas: usize,
 }
 
 impl Setup {
     pub fn new(fabric: FabricChoice, kv_dtype: KvDtype, tokens: &[usize]) -> Self {
-        Self { fabric, kv_dtype, tokens: tokens.to_vec(), chunk: 128, threads: 1, tuning: Tuning::default() }
+        Self { fabric, kv_dtype, tokens: tokens.to_vec(), chunk: 128, threads: 1, tuning: Tuning::default(), replicas: 1 }
     }
 
     pub fn start(&self, files: &ModelFiles) -> Cluster {
@@ -106,6 +107,7 @@ impl Setup {
                 chunk_rows: self.chunk,
                 max_logits: max_sequences,
                 max_sequences,
+                replicas: self.replicas,
             },
             max_model_len: files.config.max_positions,
             max_waiting: 1024,

@@ -2,6 +2,7 @@
 
 #[path = "../common/cluster.rs"]
 mod cluster;
+mod recovery;
 
 use cluster::{Cluster, Logits, Setup, model, outcome, prompt, tokens, until};
 use distkv::kv::rblock::KvDtype;
@@ -154,24 +155,4 @@ fn what_no_cluster_can_hold_is_refused_by_name() {
     assert!(message.contains("KV memory"), "{message}");
     cluster.assert_all_returned();
     cluster.stop();
-}
-
-#[test]
-fn a_creditor_that_goes_takes_only_its_own_debtors_requests_along() {
-    let dir = tempfile::tempdir().unwrap();
-    let files = model(dir.path(), json!({}));
-    for fabric in [FabricChoice::Shm, FabricChoice::Tcp] {
-        let mut cluster = Setup::new(fabric, KvDtype::Bf16, &[256, 4096]).start(&files);
-        let mut long = cluster.submit(prompt(1, 700), 3000, false);
-        until("the long request to borrow and answer", || {
-            matches!(long.blocking_next(), Some(distkv::engine::Output::Token { .. }))
-        });
-        let short = cluster.submit(prompt(2, 30), 60, false);
-        cluster.lenders.pop().unwrap().stop();
-        let message = outcome(long).unwrap_err();
-        assert!(message.contains("creditor"), "{message}");
-        assert_eq!(tokens(short).len(), 60);
-        cluster.assert_all_returned();
-        cluster.stop();
-    }
 }
