@@ -261,6 +261,13 @@ fn state(
         let stages: serde_json::Map<String, Value> =
             stages.map(|(s, h)| (Stage::name(*s).into(), figures(h))).collect();
         cluster["exchange_us"] = Value::Object(stages);
+        let stats = cluster_stats();
+        cluster["recovery"] = json!({
+            "recoveries": stats.recoveries,
+            "recomputed_tokens": stats.recomputed_tokens,
+            "unreplicated_blocks": stats.unreplicated_blocks,
+            "partials_rejected": stats.partials_rejected,
+        });
         cluster
     });
     let state = ServerState::new(model, stats, cluster, ready).with_api_key(args.api_key.as_deref());
@@ -352,7 +359,7 @@ fn cluster_json(view: &ClusterView, stats: &EngineStats, me: &str, model: Option
     let links: Vec<Value> = ledger
         .links
         .iter()
-        .map(|l| json!({"from": l.from, "to": l.to, "transport": "control over tcp", "age_ms": l.age_ms}))
+        .map(|l| json!({"from": l.from, "to": l.to, "transport": "control over tcp", "age_ms": l.age_ms, "rtt_us": l.rtt_us}))
         .collect();
-    json!({"self": me, "instances": instances, "loans": loans, "debts": ledger.debts, "links": links})
+    json!({"self": me, "instances": instances, "loans": loans, "debts": ledger.debts, "links": links, "control": ledger.control})
 }

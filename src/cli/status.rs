@@ -81,7 +81,7 @@ fn render(cluster: &Value) -> String {
     out += &table(
         &[
             "INSTANCE", "RANK", "MODEL", "HTTP", "STATE", "BLOCKS", "FREE", "CACHED", "LENT", "BORROWED", "TOKENS",
-            "RUNNING", "WAITING", "HEARD",
+            "RUNNING", "WAITING", "TOK/S", "ROW AGE",
         ],
         instances.iter().map(|instance| instance_row(cluster, instance)),
     );
@@ -101,6 +101,16 @@ fn render(cluster: &Value) -> String {
                     cell("blocks"),
                     cell("epoch"),
                 ]
+            }),
+        );
+    }
+    let debts = list("debts");
+    if !debts.is_empty() {
+        out += "\n";
+        out += &table(
+            &["DEBTS OF ALL", "", "CREDITOR", "BLOCKS"],
+            debts.iter().map(|debt| {
+                vec![text(&debt["debtor"]), "owes".into(), text(&debt["creditor"]), text(&debt["blocks"])]
             }),
         );
     }
@@ -181,6 +191,7 @@ fn instance_row(cluster: &Value, instance: &Value) -> Vec<String> {
         tokens,
         cell("running"),
         cell("waiting"),
+        cell("tokens_s"),
         heard,
     ]
 }
@@ -252,20 +263,27 @@ mod tests {
                  "waiting": 0, "row_age_ms": 12},
             ],
             "loans": [{"id": 7, "debtor": "a", "creditor": "b", "request": 3, "blocks": 70, "epoch": 1}],
+            "debts": [{"debtor": "a", "creditor": "b", "blocks": 70}],
             "links": [{"from": "a", "to": "b", "transport": "shm", "rtt_us": 8.25}],
+            "recovery": {"recoveries": 1, "recomputed_tokens": 48},
         });
         let expected = "\
 2 instances as a knows them: 1128 rBlocks (18048 tokens), 934 free (14944 tokens), 70 lent; 1 running, 0 waiting
 
-INSTANCE  RANK  MODEL     HTTP            STATE  BLOCKS  FREE  CACHED  LENT  BORROWED  TOKENS  RUNNING  WAITING  HEARD
-a*           0  toy       127.0.0.1:8000  ready     128     4       9     0        70    2048        1        0   self
-b            1  (lender)  127.0.0.1:8001  ready    1000   930       -    70         0   16000        0        0  12 ms
+INSTANCE  RANK  MODEL     HTTP            STATE  BLOCKS  FREE  CACHED  LENT  BORROWED  TOKENS  RUNNING  WAITING  TOK/S  ROW AGE
+a*           0  toy       127.0.0.1:8000  ready     128     4       9     0        70    2048        1        0      -     self
+b            1  (lender)  127.0.0.1:8001  ready    1000   930       -    70         0   16000        0        0      -    12 ms
 
 LOAN  DEBTOR      CREDITOR  REQUEST  BLOCKS  EPOCH
    7  a       ->  b               3      70      1
 
+DEBTS OF ALL        CREDITOR  BLOCKS
+a             owes  b             70
+
 FROM      TO  TRANSPORT     RTT
 a     ->  b   shm        8.2 us
+
+recovery: recoveries 1 recomputed_tokens 48
 ";
         let shown = render(&cluster);
         assert_eq!(shown, expected, "\n{shown}");

@@ -182,7 +182,7 @@ impl Controller {
     pub fn view(&self, now: Duration) -> LedgerView {
         let me = self.config.instance;
         let ms = |since: Duration| now.saturating_sub(since).as_millis() as u64;
-        let mut view = LedgerView::default();
+        let mut view = LedgerView { control: self.stats(), ..LedgerView::default() };
         let own = self.row();
         view.instances.push(InstanceEntry {
             id: id(me),
@@ -221,8 +221,14 @@ impl Controller {
             blocks: loan.blocks.len() as u32,
         }));
         view.links.extend(self.links.open().values().filter_map(|link| {
-            let to = id(link.instance?);
-            Some(LinkEntry { from: id(me), to, dialed: link.dialed.clone(), age_ms: ms(link.opened) })
+            let peer = link.instance?;
+            Some(LinkEntry {
+                from: id(me),
+                to: id(peer),
+                dialed: link.dialed.clone(),
+                age_ms: ms(link.opened),
+                rtt_us: self.links.rtt_us(peer),
+            })
         }));
         view
     }

@@ -82,6 +82,11 @@ impl Links {
         self.rtt_us.iter().map(|(peer, rtt_us)| LinkRow { peer: *peer, rtt_us: *rtt_us, mb_s: 0 })
     }
 
+    /// The measured round trip to an instance.
+    pub fn rtt_us(&self, instance: InstanceId) -> Option<u32> {
+        self.rtt_us.get(&instance).copied()
+    }
+
     /// How `bytes` get to `instance`, whose address is `address`; keeps them
     /// where they must wait.
     pub fn route(&mut self, now: Duration, instance: InstanceId, address: Option<&str>, bytes: &[u8]) -> Route {

@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::event::ControlStats;
 use super::message::{Role, Service};
 use super::perf::PerfModel;
 use super::row::{Debt, LinkRow, Row, TierRow};
@@ -19,6 +20,8 @@ pub struct LedgerView {
     pub debts: Vec<DebtEntry>,
     /// Connections of this instance's control plane to members.
     pub links: Vec<LinkEntry>,
+    /// Its figures since the start.
+    pub control: ControlStats,
 }
 
 /// One member.
@@ -155,6 +158,8 @@ pub struct LinkEntry {
     pub dialed: Option<String>,
     /// Milliseconds since it opened.
     pub age_ms: u64,
+    /// Round trip of a heartbeat, microseconds, smoothed; where one was sent.
+    pub rtt_us: Option<u32>,
 }
 
 /// As everything outside shows an id.

@@ -193,6 +193,8 @@ impl Collector for EngineCollector {
         counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", prompt)?;
         counter("prefix_cache_hits", "Prompt tokens found in the prefix cache", s.cached_tokens)?;
         counter("num_preemptions", "Requests preempted", s.preemptions)?;
+        counter("kv_recoveries", "Requests that lost KV with a creditor and went on", s.recoveries)?;
+        counter("kv_recomputed_tokens", "Tokens computed again because their KV was lost", s.recomputed_tokens)?;
         counter("partials_rejected", "Partial results dropped: late, foreign or malformed", s.partials_rejected)?;
         let kind = ConstGauge::new(0u64).metric_type();
         let mut family = encoder.encode_descriptor("rblocks", "rBlocks, by what they are used for", None, kind)?;
@@ -202,6 +204,7 @@ impl Collector for EngineCollector {
             ("cached", s.blocks_cached),
             ("lent", s.blocks_lent),
             ("borrowed", s.blocks_borrowed),
+            ("unreplicated", s.unreplicated_blocks),
         ] {
             ConstGauge::new(blocks as u64).encode(family.encode_family(&[("state", state)])?)?;
         }
@@ -224,6 +227,8 @@ mod tests {
             blocks_lent: 2,
             prompt_tokens: 90,
             cached_tokens: 10,
+            recoveries: 2,
+            recomputed_tokens: 48,
             ..Default::default()
         };
         let metrics = Metrics::new(Arc::new(move || stats.clone()));
@@ -249,6 +254,8 @@ mod tests {
             "request_failure_total 0",
             "num_preemptions_total 0",
             "partials_rejected_total 0",
+            "kv_recoveries_total 2",
+            "kv_recomputed_tokens_total 48",
             "rblocks{state=\"live\"} 3",
             "rblocks{state=\"lent\"} 2",
             "extra_total 0",
