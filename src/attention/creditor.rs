@@ -384,10 +384,12 @@ impl Lane {
             if p.tokens == 0 || p.tokens > self.hello.shape.block_tokens || p.position.checked_add(p.tokens).is_none() {
                 return Err(format!("rBlock {} placed with {} tokens at {}", p.block, p.tokens, p.position));
             }
-            self.pool
-                .table()
-                .publish(p.block, p.loan)
-                .map_err(|e| format!("rBlock {} under loan {}: {e}", p.block, p.loan.0))?;
+            if let Err(error) = self.pool.table().publish(p.block, p.loan) {
+                if in_force(p.loan).is_err() {
+                    continue;
+                }
+                return Err(format!("rBlock {} under loan {}: {error}", p.block, p.loan.0));
+            }
             let run = KvRun { block: p.block, position: p.position, tokens: p.tokens };
             self.placed.entry(p.loan).or_default().push(run);
             taken += 1;

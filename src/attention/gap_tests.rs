@@ -45,10 +45,12 @@ fn blocks_behind_a_row_are_not_attended_to() {
             for (i, (q, o)) in q.chunks(16).zip(o.chunks(16)).enumerate() {
                 let (row, head) = (position + (i / shape.heads) as u32, i % shape.heads);
                 let mut expected = [0.0; 16];
-                let all = reference::attention_head(q, shape.scale, row, window, 0, &pool, head / 2, &runs, &mut expected);
+                let all =
+                    reference::attention_head(q, shape.scale, row, window, 0, &pool, head / 2, &runs, &mut expected);
                 let seen: Vec<KvRun> = runs.iter().filter(|r| r.position <= row).copied().collect();
                 let mut of_seen = [0.0; 16];
-                let same = reference::attention_head(q, shape.scale, row, window, 0, &pool, head / 2, &seen, &mut of_seen);
+                let same =
+                    reference::attention_head(q, shape.scale, row, window, 0, &pool, head / 2, &seen, &mut of_seen);
                 assert_eq!((all, expected), (same, of_seen));
                 assert!((lse[i] - all).abs() < 1e-4 || lse[i] == all, "row {row}: {} for {all}", lse[i]);
                 assert!(o.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-4), "row {row}");

@@ -1,6 +1,7 @@
 //! The engine: the handle through which requests reach it, and the step loop
 //! that owns the device and the batch.
 
+mod doubts;
 pub mod handle;
 mod requests;
 mod step_loop;

@@ -5,11 +5,12 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use distkv_fabric::Address;
 use tokio::sync::mpsc;
 
+use super::doubts::Doubts;
 use super::handle::{EngineHandle, EngineStats, Output, Rejected, Request, Submit};
 use super::requests::{Clients, LogitTap, Verdict};
 use crate::attention::debtor::{BlockMove, Debtor, LaneState, RemotePart};
@@ -180,6 +181,7 @@ pub struct Engine<D: Device> {
     clients: Clients,
     /// Grants whose lanes are still being opened.
     opening: Vec<(SeqId, Vec<HeldLoan>)>,
+    doubts: Doubts,
     next_seq: SeqId,
     max_model_len: usize,
     batch: Batch,
@@ -261,6 +263,7 @@ where
             shared: shared.clone(),
             clients: Clients::default(),
             opening: Vec::new(),
+            doubts: Doubts::default(),
             next_seq: 1,
             max_model_len: config.max_model_len,
             batch: Batch::default(),
@@ -327,6 +330,7 @@ where
                 self.scheduler.add(sequence);
             }
             Command::Granted { seq, loans } => {
+                self.doubts.granted(seq);
                 for granted in &loans {
                     self.debtor.open(granted.loan.creditor, &granted.addresses, granted.same_host);
                 }
@@ -334,7 +338,10 @@ where
             }
             Command::Refused { seq, reason } => {
                 tracing::debug!(seq, reason, "a loan was refused");
-                self.scheduler.refused(seq, &reason);
+                match self.doubts.refused(seq) {
+                    Some((blocks, avoid)) => self.treasury.borrow_blocks(seq, blocks, &avoid),
+                    None => self.scheduler.refused(seq, &reason),
+                }
             }
             Command::CreditorLost { creditor, reason } => {
                 tracing::debug!(%creditor, reason, "a creditor is gone");
@@ -455,7 +462,10 @@ where
         for ask in self.scheduler.drain_asks() {
             tracing::debug!(?ask, "the scheduler asks");
             match ask {
-                Ask::Borrow { seq, blocks, apart_from } => self.treasury.borrow_blocks(seq, blocks, &apart_from),
+                Ask::Borrow { seq, blocks, apart_from } => {
+                    let avoid = self.doubts.ask(Instant::now(), seq, blocks, apart_from);
+                    self.treasury.borrow_blocks(seq, blocks, &avoid);
+                }
                 Ask::Repay(loan) => self.treasury.repay(&loan),
                 Ask::Fail { seq, message } => self.clients.fail(seq, message),
             }
@@ -482,6 +492,7 @@ where
     fn settle_losses(&mut self) {
         for (creditor, reason) in self.debtor.finish_step() {
             self.treasury.creditor_failed(creditor, &reason);
+            self.doubts.lane_failed(Instant::now(), creditor);
             self.scheduler.lose(creditor, None);
         }
     }

@@ -17,9 +17,19 @@ use crate::schedule::sequence::{HeldLoan, SeqId};
 
 /// What reaches the control loop from the node's other threads.
 pub(super) enum NodeCommand {
-    Borrow { seq: SeqId, blocks: usize, avoid: Vec<InstanceId> },
-    Repay { creditor: InstanceId, loan: LoanId },
-    CreditorFailed { creditor: InstanceId, reason: String },
+    Borrow {
+        seq: SeqId,
+        blocks: usize,
+        avoid: Vec<InstanceId>,
+    },
+    Repay {
+        creditor: InstanceId,
+        loan: LoanId,
+    },
+    CreditorFailed {
+        creditor: InstanceId,
+        reason: String,
+    },
     Drain,
     Leave,
     /// End without a word.

@@ -194,7 +194,9 @@ impl World {
     /// Loses a creditor, or one of its loans. Its memory is there again where it
     /// was only the loan, or where the creditor comes back as another.
     fn lose(&mut self, creditor: InstanceId, loan: Option<LoanId>) {
-        for (_, lent) in self.loans.iter_mut().filter(|(k, l)| k.0 == creditor && l.alive && loan.is_none_or(|x| x == k.1)) {
+        for (_, lent) in
+            self.loans.iter_mut().filter(|(k, l)| k.0 == creditor && l.alive && loan.is_none_or(|x| x == k.1))
+        {
             lent.alive = false;
             if loan.is_some() {
                 *self.lenders.get_mut(&creditor).unwrap() += lent.bytes.len();

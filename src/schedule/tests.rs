@@ -31,7 +31,8 @@ impl World {
         let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 2, block_tokens: 16, dtype: KvDtype::F32 };
         let pool = Arc::new(KvPool::new(shape, blocks).unwrap());
         let prefix = Arc::new(Mutex::new(PrefixCache::new(b"test", 16)));
-        let config = SchedulerConfig { max_rows: CHUNK + 8, chunk_rows: CHUNK, max_logits: 8, max_sequences: 8, replicas: 1 };
+        let config =
+            SchedulerConfig { max_rows: CHUNK + 8, chunk_rows: CHUNK, max_logits: 8, max_sequences: 8, replicas: 1 };
         let mut scheduler = Scheduler::new(config, pool.clone(), prefix.clone());
         scheduler.set_lendable(lendable);
         let batch = Batch::default();

@@ -50,6 +50,8 @@ pub fn model(dir: &Path, changes: Value) -> ModelFiles {
 pub type Logits = Arc<Mutex<Vec<(usize, Vec<f32>)>>>;
 
 pub struct Cluster {
+    /// As other processes join it.
+    pub name: String,
     pub node: Node,
     pub lenders: Vec<Node>,
     pub logits: Logits,
@@ -70,7 +72,15 @@ pub struct Setup {
 
 impl Setup {
     pub fn new(fabric: FabricChoice, kv_dtype: KvDtype, tokens: &[usize]) -> Self {
-        Self { fabric, kv_dtype, tokens: tokens.to_vec(), chunk: 128, threads: 1, tuning: Tuning::default(), replicas: 1 }
+        Self {
+            fabric,
+            kv_dtype,
+            tokens: tokens.to_vec(),
+            chunk: 128,
+            threads: 1,
+            tuning: Tuning::default(),
+            replicas: 1,
+        }
     }
 
     pub fn start(&self, files: &ModelFiles) -> Cluster {
@@ -114,8 +124,9 @@ impl Setup {
             tap: Some(Box::new(move |_, position, row: &[f32]| seen.lock().unwrap().push((position, row.to_vec())))),
             progress: Box::new(|_| {}),
         };
+        let name = config.cluster.clone();
         let node = Node::engine(&NodeConfig { join, ..config }, parts).unwrap();
-        let cluster = Cluster { node, lenders, logits };
+        let cluster = Cluster { name, node, lenders, logits };
         let members = cluster.lenders.len();
         until("all members to be seen", || {
             cluster.node.view().ledger().instances.iter().filter(|i| !i.me && i.row.is_some()).count() == members

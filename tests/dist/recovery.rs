@@ -1,7 +1,9 @@
 //! A creditor goes without a word while requests run whose keys it holds: the
 //! clients see the tokens of an undisturbed run.
 
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use distkv::engine::{FinishReason, Output, Stream};
 use distkv::kv::entry::State;
@@ -9,6 +11,7 @@ use distkv::kv::rblock::KvDtype;
 use distkv::model::load::ModelFiles;
 use distkv::node::Node;
 use distkv::node::transports::FabricChoice;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use crate::cluster::{Cluster, Setup, model, outcome, prompt, tokens, until};
@@ -187,6 +190,72 @@ fn a_request_that_nobody_can_hold_any_more_ends_and_takes_nobody_along() {
         assert!(message.contains("rBlocks of KV memory"), "{message}");
         assert_eq!(tokens(short).len(), 60);
         cluster.assert_all_returned();
+        cluster.stop();
+    }
+}
+
+/// A lender in a process of its own, which can be stopped as if it were cut off.
+struct Process(Child);
+
+impl Process {
+    fn lender(cluster: &Cluster, fabric: &str, bytes: usize) -> Self {
+        let any = "127.0.0.1:0";
+        let child = Command::new(env!("CARGO_BIN_EXE_distkv"))
+            .args(["serve", "--no-model", "--listen", any, "--fabric-listen", any, "--fabric", fabric])
+            .args(["--cluster", &cluster.name, "--kv-memory", &bytes.to_string()])
+            .args(["--join", cluster.node.control_address()])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self(child)
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.0), signal).unwrap();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may be dead, and the test is over.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_creditor_that_falls_silent_is_done_without_and_frees_what_it_lent_when_it_is_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = model(dir.path(), json!({}));
+    let expected = alone(&files, 4096, &[(1, 1_500)], 64).remove(0);
+    for (fabric, name) in [(FabricChoice::Shm, "shm"), (FabricChoice::Tcp, "tcp")] {
+        let mut setup = Setup::new(fabric, KvDtype::F32, &[512, 2048]);
+        setup.tuning.deadline = Duration::from_millis(300);
+        let cluster = setup.start(&files);
+        let block = files.config.kv_shape(16, KvDtype::F32).block_bytes();
+        let silent = Process::lender(&cluster, name, 256 * block);
+        // The one that runs in a process of its own has most to lend.
+        let lent = || {
+            let ledger = cluster.node.view().ledger();
+            let known = ledger.instances.iter().filter(|i| !i.me && i.id != cluster.lenders[0].instance().to_string());
+            known.filter_map(|i| i.row.as_ref()).map(|row| row.lent).next()
+        };
+        until("the process to join", || lent().is_some());
+        let mut stream = cluster.submit(prompt(1, 1_500), 64, false);
+        let mut found: Vec<_> = (0..20).map(|_| next(&mut stream).unwrap()).collect();
+        until("the process to say what it lends", || lent().is_some_and(|lent| lent > 0));
+        silent.signal(Signal::STOP);
+        while let Some(token) = next(&mut stream) {
+            found.push(token);
+        }
+        assert_eq!(found, expected, "{fabric:?}");
+        assert!(cluster.node.stats().recomputed_tokens > 0);
+        cluster.assert_all_returned();
+        silent.signal(Signal::CONT);
+        until("the process to free what it lent", || lent() == Some(0));
+        let again = tokens(cluster.submit(prompt(1, 1_500), 64, false));
+        assert_eq!(again, expected, "{fabric:?}");
         cluster.stop();
     }
 }
