@@ -11,6 +11,7 @@ mod golden;
 mod smollm2;
 
 use cluster::{Setup, tokens};
+use distkv::device::cpu::Math;
 use distkv::device::tensor::DType;
 use distkv::kv::rblock::KvDtype;
 use distkv::node::transports::FabricChoice;
@@ -82,4 +83,23 @@ fn smollm2_answers_as_llama_cpp_does_where_rounding_does_not_decide() {
     }
     assert!(exact >= 3);
     cluster.stop();
+}
+
+#[test]
+fn smollm2_answers_so_with_fast_products_too_on_one_node_and_on_four() {
+    let files = distkv::model::load::open(&smollm2::path()).unwrap();
+    for nodes in [&[512][..], &[48, 48, 48, 368]] {
+        let mut setup = Setup::new(FabricChoice::Shm, KvDtype::F32, nodes);
+        (setup.threads, setup.math) = (2, Math::Fast);
+        let cluster = setup.start(&files);
+        let sure = smollm2::golden().greedy.into_iter().filter(|greedy| greedy.exact);
+        for greedy in sure {
+            let mut found = tokens(cluster.submit(greedy.ids.clone(), greedy.llama_cpp.len(), false));
+            let end = |ids: &[u32]| ids.iter().position(|t| files.config.eos.contains(t)).unwrap_or(ids.len());
+            found.truncate(end(&found));
+            let want = &greedy.llama_cpp[..end(&greedy.llama_cpp)];
+            assert_eq!(found, want, "{:?} on {nodes:?}", greedy.prompt);
+        }
+        cluster.stop();
+    }
 }

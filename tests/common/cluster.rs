@@ -64,12 +64,14 @@ pub struct Setup {
     pub tokens: Vec<usize>,
     pub chunk: usize,
     pub threads: usize,
+    pub math: Math,
     pub tuning: Tuning,
 }
 
 impl Setup {
     pub fn new(fabric: FabricChoice, kv_dtype: KvDtype, tokens: &[usize]) -> Self {
-        Self { fabric, kv_dtype, tokens: tokens.to_vec(), chunk: 128, threads: 1, tuning: Tuning::default() }
+        let (math, tuning) = (Math::Exact, Tuning::default());
+        Self { fabric, kv_dtype, tokens: tokens.to_vec(), chunk: 128, threads: 1, math, tuning }
     }
 
     pub fn start(&self, files: &ModelFiles) -> Cluster {
@@ -99,7 +101,7 @@ impl Setup {
             block_tokens: 16,
             kv_bytes: bytes(self.tokens[0]),
             threads: self.threads,
-            math: Math::Exact,
+            math: self.math,
             schedule: SchedulerConfig {
                 max_rows: self.chunk + max_sequences,
                 chunk_rows: self.chunk,
