@@ -127,6 +127,17 @@ pub(super) unsafe fn store<S: Simd, const V: usize>(
     // SAFETY: as promised.
     unsafe {
         let out = out.add(first);
+        if outs == V * S::LANES {
+            for v in 0..V {
+                let mut sum = acc[v];
+                if let Some(bias) = bias {
+                    sum = S::add(sum, S::load(bias[first + v * S::LANES..][..S::LANES].as_ptr()));
+                }
+                let out = out.add(v * S::LANES);
+                S::store(out, if add { S::add(S::load(out), sum) } else { sum });
+            }
+            return;
+        }
         let mut lanes = [0.0f32; PANEL];
         for v in 0..V {
             S::store(lanes.as_mut_ptr().add(v * S::LANES), acc[v]);
