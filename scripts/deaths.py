@@ -200,7 +200,8 @@ def main():
 def run(args, faults, hosts, folder, nodes):
     engine = Node(hosts, 0, folder, args.bin, [
         "--model", args.model, "--kv-memory", str(2048 * TOKEN_BYTES), "--max-sequences", "32", "--threads", "1",
-        "--kv-replicas", args.replicas])
+        # With exact activations what is computed again is what was there before.
+        "--math", "exact", "--kv-replicas", args.replicas])
     nodes.append(engine)
     for i in range(1, LENDERS + 1):
         nodes.append(Node(hosts, i, folder, args.bin, [

@@ -33,11 +33,17 @@ static ALLOCATOR: Counting = Counting;
 
 #[test]
 fn a_decode_step_allocates_nothing() {
+    for math in [Math::Exact, Math::Fast] {
+        allocates_nothing(math);
+    }
+}
+
+fn allocates_nothing(math: Math) {
     let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 64, scale: 0.125 };
     let hidden = shape.q_width();
     let kv = KvShape { layers: 1, kv_heads: 2, head_dim: 64, block_tokens: 16, dtype: KvDtype::Bf16 };
     let pool = KvPool::new(kv, 64).unwrap();
-    let options = CpuOptions { threads: 2, pin: false, math: Math::Exact, max_rows: 4, ..CpuOptions::default() };
+    let options = CpuOptions { threads: 2, pin: false, math, max_rows: 4, ..CpuOptions::default() };
     let mut device = CpuDevice::new(options).unwrap();
     let bytes = vec![0x3cu8; 4 * hidden * 256 * 34 / 32];
     let dtype = DType::Q8_0;
@@ -77,5 +83,5 @@ fn a_decode_step_allocates_nothing() {
         counts.push(ALLOCATIONS.load(Ordering::SeqCst) - before);
     }
     assert!(host.iter().all(|x| x.is_finite()));
-    assert_eq!(counts[1..], [0, 0], "allocations of each step: {counts:?}");
+    assert_eq!(counts[1..], [0, 0], "{math:?}: allocations of each step: {counts:?}");
 }

@@ -18,10 +18,14 @@ const UNSAFE: &[&str] = &[
     "src/device/cpu/attention_many.rs", // instruction sets
     "src/device/cpu/bandwidth.rs",      // instruction sets
     "src/device/cpu/buffer.rs",         // aligned memory that threads share by rows
+    "src/device/cpu/dot.rs",            // instruction sets
+    "src/device/cpu/dot_tests.rs",      // instruction sets
     "src/device/cpu/format.rs",         // instruction sets
     "src/device/cpu/format_blocks.rs",  // instruction sets
+    "src/device/cpu/format_dots.rs",    // instruction sets
     "src/device/cpu/gemm.rs",           // instruction sets; threads write disjoint columns
     "src/device/cpu/gemv.rs",           // instruction sets; threads write disjoint columns
+    "src/device/cpu/gemv_dots.rs",      // instruction sets; threads write disjoint columns
     "src/device/cpu/kv_view.rs",        // the pool's bytes as keys and values
     "src/device/cpu/matrix.rs",         // threads pack disjoint panels
     "src/device/cpu/product.rs",        // instruction sets; threads write disjoint columns

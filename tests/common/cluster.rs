@@ -66,6 +66,7 @@ pub struct Setup {
     pub tokens: Vec<usize>,
     pub chunk: usize,
     pub threads: usize,
+    pub math: Math,
     pub tuning: Tuning,
     pub replicas: usize,
 }
@@ -78,6 +79,7 @@ impl Setup {
             tokens: tokens.to_vec(),
             chunk: 128,
             threads: 1,
+            math: Math::Exact,
             tuning: Tuning::default(),
             replicas: 1,
         }
@@ -111,7 +113,7 @@ impl Setup {
             block_tokens: 16,
             kv_bytes: bytes(self.tokens[0]),
             threads: self.threads,
-            math: Math::Exact,
+            math: self.math,
             schedule: SchedulerConfig {
                 max_rows: self.chunk + max_sequences,
                 chunk_rows: self.chunk,

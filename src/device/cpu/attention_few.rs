@@ -200,6 +200,19 @@ impl Few<'_> {
     ) {
         let (d, padded, row) = (self.kv.head_dim, self.kv.head_dim.next_multiple_of(PAD), self.kv.row_bytes());
         let width = d.next_multiple_of(S::LANES);
+        if PAIRED && S::LANES == 8 {
+            // Short vectors: few enough query vectors need no tile.
+            // SAFETY: as here.
+            unsafe {
+                match self.rows * self.group {
+                    1 => return self.score_in_registers::<S, 1>(keys, ahead, count, q, tile, scores, tokens),
+                    2 => return self.score_in_registers::<S, 2>(keys, ahead, count, q, tile, scores, tokens),
+                    3 => return self.score_in_registers::<S, 3>(keys, ahead, count, q, tile, scores, tokens),
+                    4 => return self.score_in_registers::<S, 4>(keys, ahead, count, q, tile, scores, tokens),
+                    _ => {}
+                }
+            }
+        }
         // SAFETY: `count` keys; tile and scores as in `walk`. Rows of the tile
         // beyond `count` hold older keys; their scores are masked.
         unsafe {
@@ -224,6 +237,57 @@ impl Few<'_> {
                     at = at.wrapping_add(S::LANES * S::LANES);
                 }
                 S::store(scores.add(v * tokens), S::sums(&sums));
+            }
+        }
+    }
+
+    /// As `score` of `N` query vectors, of paired bf16: two keys at a time meet
+    /// each part of the query vectors, and only sums go through memory.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn score_in_registers<S: Simd, const N: usize>(
+        &self,
+        keys: *const u8,
+        ahead: isize,
+        count: usize,
+        q: *const f32,
+        tile: *mut f32,
+        scores: *mut f32,
+        tokens: usize,
+    ) {
+        let (d, padded, row) = (self.kv.head_dim, self.kv.head_dim.next_multiple_of(PAD), self.kv.row_bytes());
+        // SAFETY: as in `score`; the tile holds LANES sums of each query vector.
+        unsafe {
+            for t in (0..count).step_by(2) {
+                // An odd last key is its own second.
+                let first = keys.wrapping_add(t * row);
+                let second = keys.wrapping_add((t + 1).min(count - 1) * row);
+                let mut sums = [[S::splat(0.0); N]; 2];
+                for i in (0..d).step_by(2 * S::LANES) {
+                    S::prefetch(first.wrapping_offset(ahead).wrapping_add(2 * i));
+                    S::prefetch(second.wrapping_offset(ahead).wrapping_add(2 * i));
+                    let (even0, odd0) = load_pair::<S>(first, i);
+                    let (even1, odd1) = load_pair::<S>(second, i);
+                    for n in 0..N {
+                        let x = S::load(q.wrapping_add(n * padded + i));
+                        sums[0][n] = S::fma(even0, x, sums[0][n]);
+                        sums[1][n] = S::fma(even1, x, sums[1][n]);
+                        let x = S::load(q.wrapping_add(n * padded + i + S::LANES));
+                        sums[0][n] = S::fma(odd0, x, sums[0][n]);
+                        sums[1][n] = S::fma(odd1, x, sums[1][n]);
+                    }
+                }
+                for n in 0..N {
+                    S::store(tile.wrapping_add((n * S::LANES + t) * S::LANES), sums[0][n]);
+                    S::store(tile.wrapping_add((n * S::LANES + t + 1) * S::LANES), sums[1][n]);
+                }
+            }
+            for n in 0..N {
+                let mut sums = [S::splat(0.0); 16];
+                for t in 0..S::LANES {
+                    sums[t] = S::load(tile.wrapping_add((n * S::LANES + t) * S::LANES));
+                }
+                S::store(scores.add(n * tokens), S::sums(&sums));
             }
         }
     }
@@ -338,42 +402,58 @@ impl Few<'_> {
         let (padded, row) = (self.kv.head_dim.next_multiple_of(PAD), self.kv.row_bytes());
         // SAFETY: as in `add_values`.
         unsafe {
-            let mut sums = [[S::splat(0.0); C]; N];
+            // Where registers allow two sets of sums hide the latency of adding.
+            let sets = if S::LANES == 8 && N * C <= 6 { 2 } else { 1 };
+            let mut sums = [[[S::splat(0.0); C]; N]; 2];
             for n in 0..N {
                 for c in 0..C {
-                    sums[n][c] = S::load(acc.add(n * padded + i + c * S::LANES));
+                    sums[0][n][c] = S::load(acc.add(n * padded + i + c * S::LANES));
                 }
             }
             let mut column = values.wrapping_add(i * dtype.size());
             let mut weights: [*const f32; N] = lanes!([weights; N], n => weights.wrapping_add(n * tokens));
-            for _ in 0..count {
-                let next = column.wrapping_offset(ahead);
-                for line in (0..C * S::LANES * dtype.size()).step_by(64) {
-                    S::prefetch(next.wrapping_add(line));
-                }
-                let mut x = [S::splat(0.0); C];
-                for c in (0..C).step_by(2) {
-                    if PAIRED {
-                        (x[c], x[c + 1]) = load_pair::<S>(column, c * S::LANES);
-                    } else {
-                        x[c] = load::<S>(column, c * S::LANES, dtype);
-                        if c + 1 < C {
-                            x[c + 1] = load::<S>(column, (c + 1) * S::LANES, dtype);
+            let mut left = count;
+            while left > 0 {
+                for set in 0..sets {
+                    if left == 0 {
+                        break;
+                    }
+                    left -= 1;
+                    let next = column.wrapping_offset(ahead);
+                    for line in (0..C * S::LANES * dtype.size()).step_by(64) {
+                        S::prefetch(next.wrapping_add(line));
+                    }
+                    let mut x = [S::splat(0.0); C];
+                    for c in (0..C).step_by(2) {
+                        if PAIRED {
+                            (x[c], x[c + 1]) = load_pair::<S>(column, c * S::LANES);
+                        } else {
+                            x[c] = load::<S>(column, c * S::LANES, dtype);
+                            if c + 1 < C {
+                                x[c + 1] = load::<S>(column, (c + 1) * S::LANES, dtype);
+                            }
                         }
                     }
+                    for n in 0..N {
+                        let weight = S::splat(*weights[n]);
+                        weights[n] = weights[n].wrapping_add(1);
+                        for c in 0..C {
+                            sums[set][n][c] = S::fma(x[c], weight, sums[set][n][c]);
+                        }
+                    }
+                    column = column.wrapping_add(row);
                 }
+            }
+            if sets == 2 {
                 for n in 0..N {
-                    let weight = S::splat(*weights[n]);
-                    weights[n] = weights[n].wrapping_add(1);
                     for c in 0..C {
-                        sums[n][c] = S::fma(x[c], weight, sums[n][c]);
+                        sums[0][n][c] = S::add(sums[0][n][c], sums[1][n][c]);
                     }
                 }
-                column = column.wrapping_add(row);
             }
             for n in 0..N {
                 for c in 0..C {
-                    S::store(acc.add(n * padded + i + c * S::LANES), sums[n][c]);
+                    S::store(acc.add(n * padded + i + c * S::LANES), sums[0][n][c]);
                 }
             }
         }

@@ -14,7 +14,7 @@ use super::simd::{PANEL, Simd, lanes};
 /// Bytes of four k of a panel.
 pub(super) const LINE: usize = 4 * PANEL;
 /// Bytes of an f16 a feature.
-const HALVES: usize = 2 * PANEL;
+pub(super) const HALVES: usize = 2 * PANEL;
 /// Bytes of 32 4-bit codes a feature.
 pub(super) const NIBBLES: usize = 4 * LINE;
 
@@ -286,7 +286,7 @@ impl Format for Q4M {
 pub(super) struct Q4K;
 
 impl Q4K {
-    const SUB: usize = 2 * PANEL + NIBBLES;
+    pub(super) const SUB: usize = 2 * PANEL + NIBBLES;
 
     /// The sub-block's `d · scale` and `dmin · min`.
     #[inline(always)]
@@ -371,7 +371,7 @@ impl Format for Q4K {
 pub(super) struct Q6K;
 
 impl Q6K {
-    const SUB: usize = 2 * PANEL + NIBBLES + 2 * LINE;
+    pub(super) const SUB: usize = 2 * PANEL + NIBBLES + 2 * LINE;
     const HIGH: usize = 2 * PANEL + NIBBLES;
 
     fn code(sub: &[u8], lane: usize, k: usize) -> u8 {
@@ -381,7 +381,7 @@ impl Q6K {
 
     /// Four codes a lane: k = `16 · half + 4 · line ..` of a sub-block.
     #[inline(always)]
-    unsafe fn codes<S: Simd>(sub: *const u8, half: usize, line: usize, v: usize) -> S::I {
+    pub(super) unsafe fn codes<S: Simd>(sub: *const u8, half: usize, line: usize, v: usize) -> S::I {
         // SAFETY: a sub-block of this format.
         unsafe {
             let low = S::load_i(sub.add(2 * PANEL + line * LINE).cast::<u32>().add(v * S::LANES));

@@ -11,7 +11,7 @@ use super::matrix::{Segment, with_format};
 use super::simd::{Kernel, PANEL, Simd, lanes};
 
 /// Bytes ahead that are asked for: the hardware's prefetchers stop at a page.
-const AHEAD: usize = 4096;
+pub(super) const AHEAD: usize = 4096;
 
 /// `out = x · Wᵀ` over some panels of a segment.
 pub(super) struct Gemv<'a> {
@@ -102,30 +102,52 @@ impl Gemv<'_> {
                 for v in 0..V {
                     acc[v] = S::add(acc[v], other[v]);
                 }
-                self.store::<S, V>(panel, row + r, acc);
+                let first = self.segment.first + panel * PANEL;
+                let out = self.out.add((row + r) * self.out_stride);
+                store::<S, V>(out, first, self.segment.panel_outs(panel), acc, self.bias, self.add);
             }
         }
         rows
     }
+}
 
-    #[inline(always)]
-    unsafe fn store<S: Simd, const V: usize>(&self, panel: usize, row: usize, acc: &[S::F; V]) {
-        let first = self.segment.first + panel * PANEL;
-        let outs = self.segment.panel_outs(panel);
-        // SAFETY: `outs` elements of this row from `first` on are this panel's.
-        unsafe {
-            let out = self.out.add(row * self.out_stride + first);
-            let mut lanes = [0.0f32; PANEL];
+/// Writes `outs` sums of one row, the first of which is feature `first`.
+///
+/// # Safety
+/// As [`Simd`]; `outs` elements at `out` from `first` on are the caller's.
+#[inline(always)]
+pub(super) unsafe fn store<S: Simd, const V: usize>(
+    out: *mut f32,
+    first: usize,
+    outs: usize,
+    acc: &[S::F; V],
+    bias: Option<&[f32]>,
+    add: bool,
+) {
+    // SAFETY: as promised.
+    unsafe {
+        let out = out.add(first);
+        if outs == V * S::LANES {
             for v in 0..V {
-                S::store(lanes.as_mut_ptr().add(v * S::LANES), acc[v]);
-            }
-            for (i, lane) in lanes.iter().enumerate().take(outs) {
-                let mut sum = *lane;
-                if let Some(bias) = self.bias {
-                    sum += bias[first + i];
+                let mut sum = acc[v];
+                if let Some(bias) = bias {
+                    sum = S::add(sum, S::load(bias[first + v * S::LANES..][..S::LANES].as_ptr()));
                 }
-                *out.add(i) = if self.add { *out.add(i) + sum } else { sum };
+                let out = out.add(v * S::LANES);
+                S::store(out, if add { S::add(S::load(out), sum) } else { sum });
             }
+            return;
+        }
+        let mut lanes = [0.0f32; PANEL];
+        for v in 0..V {
+            S::store(lanes.as_mut_ptr().add(v * S::LANES), acc[v]);
+        }
+        for (i, lane) in lanes.iter().enumerate().take(outs) {
+            let mut sum = *lane;
+            if let Some(bias) = bias {
+                sum += bias[first + i];
+            }
+            *out.add(i) = if add { *out.add(i) + sum } else { sum };
         }
     }
 }

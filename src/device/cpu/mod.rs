@@ -8,10 +8,15 @@ mod attention_many;
 mod attention_tests;
 pub mod bandwidth;
 mod buffer;
+mod dot;
+#[cfg(test)]
+mod dot_tests;
 mod format;
 mod format_blocks;
+mod format_dots;
 mod gemm;
 mod gemv;
+mod gemv_dots;
 mod kv_view;
 mod matrix;
 mod product;
@@ -51,9 +56,10 @@ pub enum Math {
     /// depend on the rows beside it beyond the order of f32 sums.
     #[default]
     Exact,
-    /// bf16 activations and weights in products of many rows, where the processor
-    /// has a matrix unit for them (AMX); exact otherwise, and in decode, which
-    /// reading the weights bounds.
+    /// Activations of 8 bits in blocks of 32 in products with quantised weights,
+    /// where the processor multiplies them faster than f32, and bf16 activations
+    /// and weights in products of many rows, where it has a matrix unit for them
+    /// (AMX); exact otherwise.
     Fast,
 }
 
@@ -112,8 +118,11 @@ impl Device for CpuDevice {
     fn describe(&self) -> String {
         let math = match self.options.math {
             Math::Exact => "exact f32 activations",
-            Math::Fast if self.products.amx() => "bf16 prefill on AMX",
-            Math::Fast => "exact f32 activations, as there is no AMX",
+            Math::Fast => match (self.products.dots.is_some(), self.products.amx) {
+                (true, true) => "int8 activations with quantised weights, bf16 prefill on AMX",
+                (true, false) => "int8 activations with quantised weights",
+                (false, _) => "exact f32 activations, as nothing else is faster here",
+            },
         };
         format!("cpu ({:?}, {math}, {} threads)", self.isa, self.threads.threads())
     }

@@ -4,9 +4,12 @@
 use super::Math;
 use super::amx::{self, AmxGemm};
 use super::buffer::{Aligned, Buffer, Shared, Vector};
+use super::dot::{DotIsa, dispatch_dot};
 use super::format::SUM;
+use super::format_dots::{BLOCK, Block};
 use super::gemm::{DEPTH, Gemm, PackTile, SCRATCH, TILE, packed_len};
 use super::gemv::Gemv;
+use super::gemv_dots::{DotGemv, Quantize, has_dots};
 use super::matrix::{Matrix, group_k};
 use super::simd::{Isa, dispatch};
 use super::threads::ThreadPool;
@@ -29,9 +32,13 @@ pub(super) struct Linear<'a> {
 pub(super) struct Products {
     isa: Isa,
     /// Products of many rows go to the matrix unit.
-    amx: bool,
+    pub amx: bool,
+    /// Products with quantised weights are of integers, with these instructions.
+    pub dots: Option<DotIsa>,
     /// Activations packed for many rows, or padded for few.
     packed: Aligned,
+    /// Activations quantised, `[rows, cols / BLOCK]`.
+    quantized: Aligned,
     sums: Aligned,
     scratch: Vec<Aligned>,
 }
@@ -40,12 +47,14 @@ impl Products {
     pub fn new(isa: Isa, math: Math, threads: usize) -> Result<Self> {
         let scratch = (0..threads).map(|_| Aligned::zeroed(SCRATCH)).collect::<Result<_>>()?;
         let amx = math == Math::Fast && isa == Isa::Avx512 && amx::available();
-        Ok(Self { isa, amx, packed: Aligned::default(), sums: Aligned::default(), scratch })
+        let dots = if math == Math::Fast { DotIsa::of(isa) } else { None };
+        let [packed, quantized, sums] = [(); 3].map(|()| Aligned::default());
+        Ok(Self { isa, amx, dots, packed, quantized, sums, scratch })
     }
 
-    /// Whether [`Math::Fast`] differs from exact here.
-    pub fn amx(&self) -> bool {
-        self.amx
+    /// Whether all of a product with `weight` is of integers.
+    fn integer(&self, weight: &Matrix) -> bool {
+        self.dots.is_some() && weight.segments().iter().all(|s| has_dots(s.dtype))
     }
 
     /// Makes room for products of up to `rows` rows with `weight`, so that a
@@ -54,6 +63,10 @@ impl Products {
         let few = rows.min(FEW_ROWS) * weight.cols().next_multiple_of(DEPTH);
         let many = if rows > FEW_ROWS || self.isa == Isa::Portable { packed_len(rows, weight.cols()) } else { 0 };
         self.sums.grow(few / SUM * 4)?;
+        if self.dots.is_some() {
+            let rows = if self.integer(weight) && !self.amx { rows } else { rows.min(FEW_ROWS) };
+            self.quantized.grow(rows * (weight.cols() / BLOCK) * size_of::<Block>())?;
+        }
         if self.amx {
             for scratch in &mut self.scratch {
                 scratch.grow(amx::scratch(weight.cols()))?;
@@ -75,7 +88,7 @@ impl Products {
             out.cols()
         );
         assert!(bias.is_none_or(|b| b.as_slice().len() == weight.outs()), "a bias of another width");
-        if *rows <= FEW_ROWS && self.isa != Isa::Portable {
+        if *rows <= FEW_ROWS && self.isa != Isa::Portable || self.integer(weight) && !self.amx {
             self.few(threads, job);
         } else if self.amx {
             self.tiles(threads, job);
@@ -87,6 +100,12 @@ impl Products {
     fn few(&mut self, threads: &mut ThreadPool, job: Linear<'_>) {
         let Linear { x, rows, weight, bias, add, out } = job;
         let cols = weight.cols();
+        let dots = self.dots.filter(|_| weight.segments().iter().any(|s| has_dots(s.dtype)));
+        let blocks = cols / BLOCK;
+        if dots.is_some() {
+            self.quantize(threads, x, rows, blocks);
+        }
+        let quantized = SendPtr(self.quantized.bytes().as_ptr().cast::<Block>());
         let (mut base, mut stride) = (x.as_slice().as_ptr(), x.cols());
         if weight.segments().iter().any(|s| cols % group_k(s.dtype) != 0) {
             // Groups reach beyond the last column: a copy with zeros there.
@@ -99,7 +118,7 @@ impl Products {
             base = padded.as_ptr();
         }
         let sums_stride = cols / SUM;
-        if weight.segments().iter().any(|s| group_k(s.dtype) >= SUM) {
+        if dots.is_none() && weight.segments().iter().any(|s| group_k(s.dtype) >= SUM) {
             for (r, sums) in self.sums.f32s_mut().chunks_exact_mut(sums_stride).enumerate().take(rows) {
                 for (sum, x) in sums.iter_mut().zip(x.row(r).as_chunks::<SUM>().0) {
                     *sum = x.iter().sum();
@@ -115,6 +134,14 @@ impl Products {
         let panels = weight.panels();
         threads.run(panels, grain(weight, threads.threads(), 1), &|_, range| {
             weight.for_panels(range, |segment, panels| {
+                if let Some(dots) = dots.filter(|_| has_dots(segment.dtype)) {
+                    let x = quantized.get();
+                    let out = target.as_ptr();
+                    let kernel = DotGemv { segment, panels, x, x_stride: blocks, rows, out, out_stride, bias, add };
+                    // SAFETY: as below.
+                    unsafe { dispatch_dot(dots, kernel) };
+                    return;
+                }
                 let kernel = Gemv {
                     segment,
                     panels,
@@ -132,6 +159,21 @@ impl Products {
                 // chunks write different features.
                 unsafe { dispatch(isa, kernel) };
             });
+        });
+    }
+
+    /// Quantises the first `blocks` blocks of `rows` rows.
+    fn quantize(&mut self, threads: &mut ThreadPool, x: &Buffer, rows: usize, blocks: usize) {
+        let isa = self.isa;
+        let bytes = &mut self.quantized.bytes_mut()[..rows * blocks * size_of::<Block>()];
+        let quantized = Shared::new(bytemuck::cast_slice_mut::<u8, Block>(bytes));
+        threads.run(rows, (1 << 14) / (blocks * BLOCK) + 1, &|_, range| {
+            for r in range {
+                // SAFETY: row `r` is this chunk's.
+                let out = unsafe { quantized.range(r * blocks..(r + 1) * blocks) };
+                // SAFETY: the instruction set is available; see `Isa`.
+                unsafe { dispatch(isa, Quantize { x: &x.row(r)[..blocks * BLOCK], out }) };
+            }
         });
     }
 
