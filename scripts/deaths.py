@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.request
 
-TOKEN_BYTES = 23040  # KV of a token of the demo's model in bf16
+TOKEN_BYTES = 46080  # KV of a token of the demo's model in f32
 LENDERS = 4
 
 
@@ -199,9 +199,11 @@ def main():
 
 def run(args, faults, hosts, folder, nodes):
     engine = Node(hosts, 0, folder, args.bin, [
-        "--model", args.model, "--kv-memory", str(2048 * TOKEN_BYTES), "--max-sequences", "32", "--threads", "1",
-        # With exact activations what is computed again is what was there before.
-        "--math", "exact", "--kv-replicas", args.replicas])
+        "--model", args.model, "--kv-memory", str(1024 * TOKEN_BYTES), "--max-sequences", "32", "--threads", "1",
+        # So that what is computed again is what was there before, to 1e-6: rounded
+        # to bf16 it may fall on the other side, and with it a token that leads by
+        # a hair.
+        "--math", "exact", "--kv-dtype", "f32", "--kv-replicas", args.replicas])
     nodes.append(engine)
     for i in range(1, LENDERS + 1):
         nodes.append(Node(hosts, i, folder, args.bin, [
@@ -233,7 +235,7 @@ def run(args, faults, hosts, folder, nodes):
             streams = start()
             owes = lambda: sum(l["blocks"] for l in engine.cluster()["loans"] if l["creditor"] == victim.instance)
             until("the victim to lend, and streams to flow",
-                  lambda: owes() and sum(s.pieces > 2 for s in streams) * 4 >= len(streams) or
+                  lambda: owes() >= 16 and sum(s.pieces > 2 for s in streams) * 4 >= len(streams) or
                   not any(s.is_alive() for s in streams))
             lost, running = owes(), sum(s.is_alive() for s in streams)
             if fault == "kill":
