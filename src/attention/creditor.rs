@@ -186,6 +186,15 @@ impl Creditor {
         let opened = LaneHello::decode(hello).map_err(|e| e.to_string()).and_then(|h| self.open(h));
         let reply = match opened {
             Ok((lane, reply)) => {
+                // A debtor has one lane. What an earlier one of its has under way
+                // must not land in blocks that were repaid and lent to it again.
+                let debtor = lane.hello.debtor;
+                let earlier: Vec<_> =
+                    self.lanes.iter().filter(|(_, l)| l.hello.debtor == debtor).map(|(&peer, _)| peer).collect();
+                for peer in earlier {
+                    self.transport.disconnect(peer);
+                    self.forget(peer);
+                }
                 self.lanes.insert(peer, lane);
                 reply
             }
