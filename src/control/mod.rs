@@ -16,6 +16,7 @@ pub mod ledger;
 pub mod membership;
 pub mod message;
 pub mod perf;
+pub mod plan;
 pub mod rmanager;
 pub mod row;
 pub mod view;
