@@ -2,10 +2,11 @@
 //! checks them as `attention/creditor.rs` does, answers with partials.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 
 use super::cost::CostModel;
-use super::toy::{Memory, Partial};
+use super::toy::{Memory, Partial, mix};
 use crate::control::rmanager::{LentPool, LoanRecord};
 use crate::kv::pool::KvPool;
 use crate::kv::rblock::{BlockIndex, InstanceId, KvRun, LoanId};
@@ -40,6 +41,21 @@ pub enum LaneMessage {
         /// Why.
         reason: String,
     },
+}
+
+impl fmt::Display for LaneMessage {
+    /// One line that differs where the messages do.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let fold = |values: &[u64]| values.iter().fold(0, |all, value| mix(all, *value));
+        match self {
+            Self::Write { block, values } => write!(f, "write {block} {:x}", fold(values)),
+            Self::Answer { step, partials } => {
+                let sums = partials.iter().fold(0, |all, partial| mix(all, partial.before));
+                write!(f, "answer {step} {sums:x}")
+            }
+            other => write!(f, "{other:?}"),
+        }
+    }
 }
 
 /// A step's plan.

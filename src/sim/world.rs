@@ -11,12 +11,15 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::checker;
-use super::fault::{Fault, Timed};
+use super::cost::CostModel;
+use super::fault::{self, Fault, Timed};
 use super::instance::{Effect, Instance, Payload, Setup, Wake};
+use super::lender::Sabotage;
 use super::network::{Arrival, Network, Slot, Weather};
 use super::report::{Report, Times, Violation};
 use super::toy;
-use super::workload::Job;
+use super::workload::{Job, Synthetic};
+use crate::schedule::scheduler::SchedulerConfig;
 
 /// A client tries again this long after an error.
 const RETRY: Duration = Duration::from_millis(500);
@@ -45,6 +48,49 @@ pub struct Config {
     /// Longest virtual time without an answer, once nothing is broken, that
     /// still counts as progress.
     pub patience: Duration,
+    /// A request that an instance fails is counted as too long, and not tried
+    /// again.
+    pub give_up: bool,
+}
+
+impl Config {
+    /// A small world of `seed` in which much goes wrong: a few instances of a
+    /// few dozen rBlocks, requests that outgrow them, faults by chance.
+    pub fn small(seed: u64, sabotage: Sabotage) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x5eed);
+        let instances = rng.random_range(2..=5);
+        let blocks = rng.random_range(16..48);
+        let cost = CostModel { fixed_ns: 2e7, ..CostModel::small(blocks) };
+        let tokens = blocks * cost.block_tokens;
+        let synthetic = Synthetic {
+            requests: 24,
+            rate: 1.5,
+            prompt: (4, tokens / 3),
+            answer: (4, tokens / 2),
+            long_share: 0.25,
+            long: (tokens / 2, tokens * 5 / 4),
+        };
+        let setup = Setup {
+            cost,
+            lend: 0.6,
+            lease: Duration::from_secs(10),
+            schedule: SchedulerConfig { max_rows: 48, chunk_rows: 24, max_logits: 16, max_sequences: 8 },
+            sabotage,
+        };
+        let faults = fault::chance(&mut rng, instances, Duration::from_secs(25));
+        Self {
+            mode: "pooled".into(),
+            seed,
+            instances,
+            setup,
+            jobs: synthetic.jobs(seed),
+            faults,
+            every_event: true,
+            keep_log: false,
+            patience: Duration::from_secs(600),
+            give_up: false,
+        }
+    }
 }
 
 /// What became of a world.
@@ -186,14 +232,23 @@ impl World {
 
     /// Runs until every request is answered and everything has settled, or an
     /// invariant breaks.
-    pub fn run(mut self) -> Outcome {
-        let broken = self.run_to_end();
+    pub fn run(self) -> Outcome {
+        self.run_with(|_| {})
+    }
+
+    /// As [`run`](Self::run); `progress` is told now and then how many requests
+    /// are left.
+    pub fn run_with(mut self, mut progress: impl FnMut(usize)) -> Outcome {
+        let broken = self.run_to_end(&mut progress);
         self.report.violation = broken;
         self.finish()
     }
 
-    fn run_to_end(&mut self) -> Option<Violation> {
+    fn run_to_end(&mut self, progress: &mut impl FnMut(usize)) -> Option<Violation> {
         while self.open > 0 || self.now < self.heals {
+            if self.done.is_multiple_of(SELDOM) {
+                progress(self.open);
+            }
             if let Err(violation) = self.step() {
                 return Some(violation);
             }
@@ -366,7 +421,13 @@ impl World {
             Effect::Finished { request, answer } => return self.answered(slot, request as usize, &answer),
             Effect::Failed { request, reason } => {
                 self.note(format_args!("request {request} failed at {slot}: {reason}"));
-                self.leave(request as usize);
+                let index = request as usize;
+                if self.config.give_up {
+                    self.unload(slot, index);
+                    self.too_long(index);
+                } else {
+                    self.leave(index);
+                }
             }
             Effect::Log(line) => self.note(format_args!("{slot}: {line}")),
         }
@@ -382,9 +443,7 @@ impl World {
         let job = &self.config.jobs[index];
         let (tokens, want) = (u64::from(job.prompt) + u64::from(job.answer), job.answer as usize);
         if !self.fits(tokens) {
-            self.requests[index].state = State::TooLong;
-            self.report.too_long += 1;
-            self.open -= 1;
+            self.too_long(index);
             self.note(format_args!("request {index} is too long: {tokens} tokens"));
             return Ok(());
         }
@@ -413,6 +472,12 @@ impl World {
         let lent = (f64::from(setup.cost.blocks) * setup.lend) as u64;
         let reach = u64::from(setup.cost.blocks) + lent * (self.config.instances as u64 - 1);
         tokens.div_ceil(u64::from(setup.cost.block_tokens)) <= reach
+    }
+
+    fn too_long(&mut self, index: usize) {
+        self.requests[index].state = State::TooLong;
+        self.report.too_long += 1;
+        self.open -= 1;
     }
 
     /// A request is without an instance again; its client tries once more.
@@ -573,7 +638,7 @@ fn describe(slot: Slot, arrival: &Arrival<Payload>) -> String {
         Arrival::Message { conn, message: Payload::Control(bytes) } => {
             format!("{slot} < {conn}: {} bytes {:?}", bytes.len(), blake3::hash(bytes).to_hex().get(..8))
         }
-        Arrival::Message { conn, message: Payload::Lane(message) } => format!("{slot} < {conn}: {message:?}"),
+        Arrival::Message { conn, message: Payload::Lane(message) } => format!("{slot} < {conn}: {message}"),
         other => format!("{slot} < {other:?}"),
     }
 }
