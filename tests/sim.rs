@@ -1,5 +1,5 @@
 //! The cluster in simulation: many seeds of faults, every token checked. A seed
-//! that fails is a bug report: `distkv sim --small --seed N --log FILE` runs it
+//! that fails is a bug report: `distkv sim --small --seed N --world-log FILE` runs it
 //! again.
 
 use std::time::Duration;

@@ -137,7 +137,7 @@ pub struct Args {
     longest: bool,
     /// Write the first world's log to FILE.
     #[arg(long, value_name = "FILE")]
-    log: Option<PathBuf>,
+    world_log: Option<PathBuf>,
     /// Print the figures as JSON; the same seed gives the same bytes.
     #[arg(long)]
     json: bool,
@@ -155,7 +155,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     let trace = args.trace.as_deref().map(|path| trace(&args, path)).transpose()?;
     let mut reports = Vec::new();
-    let mut log = args.log.clone();
+    let mut log = args.world_log.clone();
     for seed in args.seed..args.seed.saturating_add(args.seeds) {
         let config = match args.small {
             true => Config::small(seed, Sabotage::None),
@@ -166,7 +166,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             let config = Config { keep_log: log.is_some(), ..config };
             let outcome = watched(config);
             if let Some(path) = log.take() {
-                std::fs::write(&path, outcome.log).with_context(|| format!("--log {}", path.display()))?;
+                std::fs::write(&path, outcome.log).with_context(|| format!("--world-log {}", path.display()))?;
             }
             reports.push(outcome.report);
         }

@@ -18,6 +18,8 @@ pub struct CostModel {
     pub blocks: u32,
     /// KV of one token, bytes.
     pub token_bytes: u64,
+    /// Queries of one row in all layers, bytes; a partial is as large.
+    pub query_bytes: u64,
     /// Least time of a step, ns: the weights are read once.
     pub fixed_ns: f64,
     /// Arithmetic of one row outside attention, ns. A step takes the greater of
@@ -45,7 +47,8 @@ impl CostModel {
     /// KiB. `h200`: an 8B grouped-query model (15 GB, 128 KiB a token), with the
     /// rates measured on one H200: 4.3 TB/s of KV read, 3.9 TB/s of weights,
     /// 550 TFLOP/s in prefill, 7 µs there and back over NVLink at 16 KB. The
-    /// round trips of the A100s are assumed: 20 µs a layer.
+    /// round trips of the A100s are assumed: 20 µs a layer. Queries and partials
+    /// are f32, so a row's are as large as a token's KV of multi-head f16.
     pub fn preset(name: &str) -> Option<Self> {
         let a100 = Self {
             name: name.to_string(),
@@ -53,6 +56,7 @@ impl CostModel {
             block_tokens: 16,
             blocks: 6973,
             token_bytes: 512 << 10,
+            query_bytes: 512 << 10,
             fixed_ns: 8.3e6,
             row_ns: 75e3,
             key_ns: 321.0,
@@ -67,6 +71,7 @@ impl CostModel {
                 layers: 40,
                 blocks: 3507,
                 token_bytes: 800 << 10,
+                query_bytes: 800 << 10,
                 fixed_ns: 15.9e6,
                 row_ns: 139e3,
                 key_ns: 502.0,
@@ -97,6 +102,7 @@ impl CostModel {
             block_tokens: 4,
             blocks,
             token_bytes: 1024,
+            query_bytes: 1024,
             fixed_ns: 2e6,
             row_ns: 1e5,
             key_ns: 1e3,
@@ -142,6 +148,11 @@ impl CostModel {
     /// Time of a step's rows outside attention, ns.
     pub fn rows_ns(&self, rows: usize) -> f64 {
         self.fixed_ns.max(self.row_ns * rows as f64)
+    }
+
+    /// Time of a message of `bytes` between two instances, ns.
+    pub fn wire_ns(&self, bytes: u64) -> f64 {
+        bytes as f64 / self.link_bytes_s * 1e9
     }
 
     /// Time of attention of `rows` rows of one sequence over `keys` keys, ns.

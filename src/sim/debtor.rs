@@ -32,6 +32,8 @@ pub enum LaneCall {
         conn: u64,
         /// Of so many bytes.
         bytes: u64,
+        /// Which began to leave then, if before now.
+        since: Option<Duration>,
         /// What.
         message: LaneMessage,
     },
@@ -69,6 +71,7 @@ struct Lane {
 /// The debtor. See the module's page.
 pub struct Debtor {
     instance: InstanceId,
+    query_bytes: u64,
     sabotage: Sabotage,
     lanes: BTreeMap<InstanceId, Lane>,
     asks: u64,
@@ -81,10 +84,11 @@ pub struct Debtor {
 
 impl Debtor {
     /// A debtor without lanes.
-    pub fn new(instance: InstanceId, life: u64, sabotage: Sabotage) -> Self {
+    pub fn new(instance: InstanceId, life: u64, query_bytes: u64, sabotage: Sabotage) -> Self {
         let asks = LANE_ASK | life << 32;
         Self {
             instance,
+            query_bytes,
             sabotage,
             lanes: BTreeMap::new(),
             asks,
@@ -129,7 +133,7 @@ impl Debtor {
         match self.lanes.values_mut().find(|lane| lane.ask == ask) {
             Some(lane) => {
                 lane.conn = Some(conn);
-                self.calls.push(LaneCall::Send { conn, bytes: 64, message: hello });
+                self.calls.push(LaneCall::Send { conn, bytes: 64, since: None, message: hello });
             }
             None => self.calls.push(LaneCall::Close { conn }),
         }
@@ -206,12 +210,17 @@ impl Debtor {
     }
 
     /// Writes a block's values to a creditor, and tells of it with the next
-    /// plan. `bytes` is what a real block would have.
-    pub fn write(&mut self, creditor: InstanceId, placed: Placed, values: Vec<u64>, bytes: u64) {
+    /// plan. `bytes` is what a real block would have; they leave from `since` on.
+    pub fn write(&mut self, since: Duration, creditor: InstanceId, placed: Placed, values: Vec<u64>, bytes: u64) {
         let Some(lane) = self.lanes.get_mut(&creditor).filter(|lane| lane.state == LaneState::Open) else { return };
         let Some(conn) = lane.conn else { return };
         lane.placements.push(placed);
-        self.calls.push(LaneCall::Send { conn, bytes, message: LaneMessage::Write { block: placed.block, values } });
+        self.calls.push(LaneCall::Send {
+            conn,
+            bytes,
+            since: Some(since),
+            message: LaneMessage::Write { block: placed.block, values },
+        });
     }
 
     /// Begins a step whose `parts` lie with creditors: by creditor, the batch
@@ -234,8 +243,9 @@ impl Debtor {
             let (items, entries): (Vec<_>, Vec<_>) = entries.into_iter().unzip();
             lane.items = items;
             let plan = Plan { step: self.step, placements: std::mem::take(&mut lane.placements), entries };
-            let bytes = 64 + plan.placements.len() as u64 * 16 + plan.entries.len() as u64 * 64;
-            self.calls.push(LaneCall::Send { conn, bytes, message: LaneMessage::Plan(plan) });
+            let queries = plan.rows() * self.query_bytes;
+            let bytes = 64 + plan.placements.len() as u64 * 16 + plan.entries.len() as u64 * 64 + queries;
+            self.calls.push(LaneCall::Send { conn, bytes, since: None, message: LaneMessage::Plan(plan) });
         }
         self.step
     }

@@ -51,6 +51,8 @@ pub enum Effect {
         conn: u64,
         /// Bytes it takes on the wire.
         bytes: u64,
+        /// When they began to leave, if before now.
+        since: Option<Duration>,
         /// What.
         payload: Payload,
     },
@@ -135,6 +137,7 @@ struct Running {
 
 struct Step {
     number: u64,
+    begun: Duration,
     /// When the local part is done.
     local: Duration,
     /// Time of the rows outside attention.
@@ -206,7 +209,7 @@ impl Instance {
             control: Control::new(&identity, rmanager, seed),
             scheduler: Scheduler::new(setup.schedule, pool.clone(), prefix.clone()),
             memory: Memory::new(setup.cost.blocks, block_tokens),
-            debtor: Debtor::new(id, life, setup.sabotage),
+            debtor: Debtor::new(id, life, setup.cost.query_bytes, setup.sabotage),
             lender: Lender::new(book, pool.clone(), setup.cost.clone(), setup.sabotage),
             figures: Figures::default(),
             pool,
@@ -280,8 +283,8 @@ impl Instance {
             Wake::StepEnd(step) if current == Some(step) => self.finish_step(now),
             Wake::StepDeadline(step) if current == Some(step) && self.debtor.awaits() => self.debtor.deadline(),
             Wake::Answer(conn) => {
-                if let Some(message) = self.lender.answer(&self.memory, conn) {
-                    self.effects.push(Effect::Send { conn, bytes: 256, payload: Payload::Lane(message) });
+                if let Some((message, bytes)) = self.lender.answer(&self.memory, conn) {
+                    self.send(conn, bytes, Payload::Lane(message));
                 }
             }
             Wake::Lanes => self.lanes_wake = None,
@@ -297,7 +300,7 @@ impl Instance {
         match self.lender.message(&mut self.memory, conn, message) {
             Verdict::Fine => {}
             Verdict::Reply(message) => {
-                self.effects.push(Effect::Send { conn, bytes: 64, payload: Payload::Lane(message) });
+                self.send(conn, 64, Payload::Lane(message));
             }
             Verdict::Later(ns, busy) => {
                 self.lent_time += Duration::from_nanos(busy);
@@ -336,7 +339,7 @@ impl Instance {
             self.effects.push(match call {
                 Call::Dial { ask, address } => Effect::Dial { to: slot_of(&address), port: Port::Control, ask },
                 Call::Send { conn, bytes } => {
-                    Effect::Send { conn, bytes: bytes.len() as u64, payload: Payload::Control(bytes) }
+                    Effect::Send { conn, bytes: bytes.len() as u64, since: None, payload: Payload::Control(bytes) }
                 }
                 Call::Datagram { to, bytes } => Effect::Datagram { to, bytes },
                 Call::Close { conn } => Effect::Close { conn },
@@ -345,8 +348,8 @@ impl Instance {
         for call in self.debtor.take_calls() {
             self.effects.push(match call {
                 LaneCall::Dial { ask, to } => Effect::Dial { to: Some(to), port: Port::Lane, ask },
-                LaneCall::Send { conn, bytes, message } => {
-                    Effect::Send { conn, bytes, payload: Payload::Lane(message) }
+                LaneCall::Send { conn, bytes, since, message } => {
+                    Effect::Send { conn, bytes, since, payload: Payload::Lane(message) }
                 }
                 LaneCall::Close { conn } => Effect::Close { conn },
             });
@@ -444,20 +447,25 @@ impl Instance {
         let mut moves = Vec::new();
         self.scheduler.plan_moves(&mut moves);
         if !moves.is_empty() {
-            self.write(&moves);
+            self.write(now, &moves);
             self.settle_losses(now);
             self.scheduler.moved(&moves);
         }
         self.asks(now);
     }
 
-    fn write(&mut self, spills: &[Spill]) {
+    fn send(&mut self, conn: u64, bytes: u64, payload: Payload) {
+        self.effects.push(Effect::Send { conn, bytes, since: None, payload });
+    }
+
+    /// Writes rBlocks to creditors; their layers leave from `since` on.
+    fn write(&mut self, since: Duration, spills: &[Spill]) {
         self.figures.moves += spills.len() as u64;
         for spill in spills {
             let Spill { loan, block, position, tokens, .. } = *spill;
             let bytes = self.setup.cost.token_bytes * u64::from(tokens);
             let values = self.memory.block(spill.local.index);
-            self.debtor.write(spill.creditor, Placed { loan, block, position, tokens }, values, bytes);
+            self.debtor.write(since, spill.creditor, Placed { loan, block, position, tokens }, values, bytes);
         }
     }
 
@@ -476,6 +484,7 @@ impl Instance {
                 let blocks: usize = entry.loans.iter().map(|(_, _, visible)| visible).sum();
                 let keys = blocks as u64 * u64::from(cost.block_tokens);
                 away += cost.attention_ns(item.rows.len(), keys);
+                away += 2.0 * cost.wire_ns(item.rows.len() as u64 * cost.query_bytes);
                 parts.push((creditor, index, entry));
             }
         }
@@ -490,12 +499,12 @@ impl Instance {
             (now + PATIENCE + Duration::from_nanos(away as u64) * 8, Wake::StepDeadline(number))
         };
         self.effects.push(Effect::Wake { at, what });
-        self.step = Some(Step { number, local, rows, ending });
+        self.step = Some(Step { number, begun: now, local, rows, ending });
         self.figures.steps += 1;
     }
 
     fn finish_step(&mut self, now: Duration) {
-        self.step = None;
+        let begun = self.step.take().map_or(now, |step| step.begun);
         self.settle_losses(now);
         let batch = std::mem::take(&mut self.batch);
         let mut tokens = Vec::new();
@@ -506,7 +515,7 @@ impl Instance {
         }
         let here = |spill: &&Spill| self.scheduler.get(spill.seq).is_some();
         let spills: Vec<_> = batch.spills.iter().filter(here).copied().collect();
-        self.write(&spills);
+        self.write(begun, &spills);
         self.settle_losses(now);
         self.scheduler.complete(&batch);
         for (item, token) in tokens {

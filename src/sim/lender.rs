@@ -69,6 +69,13 @@ pub struct Plan {
     pub entries: Vec<Entry>,
 }
 
+impl Plan {
+    /// Query rows.
+    pub fn rows(&self) -> u64 {
+        self.entries.iter().map(|entry| u64::from(entry.end - entry.start)).sum()
+    }
+}
+
 /// A block that lies here now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Placed {
@@ -216,8 +223,9 @@ impl Lender {
         }
     }
 
-    /// The attention is done: the partials, unless a loan ended meanwhile.
-    pub fn answer(&mut self, memory: &Memory, conn: u64) -> Option<LaneMessage> {
+    /// The attention is done: the partials, unless a loan ended meanwhile, and
+    /// the bytes of the answer.
+    pub fn answer(&mut self, memory: &Memory, conn: u64) -> Option<(LaneMessage, u64)> {
         let lane = self.lanes.get_mut(&conn)?;
         let (plan, runs) = lane.pending.take()?;
         let checks = Checks { book: &self.book, pool: &self.pool, debtor: lane.debtor?, sabotage: self.sabotage };
@@ -225,13 +233,14 @@ impl Lender {
         for (loan, epoch, _) in plan.entries.iter().flat_map(|entry| &entry.loans) {
             if let Err(reason) = checks.in_force(*loan, Some(*epoch)) {
                 self.refused += 1;
-                return Some(LaneMessage::StepRefused { step, reason });
+                return Some((LaneMessage::StepRefused { step, reason }, 64));
             }
         }
+        let bytes = 64 + plan.rows() * self.cost.query_bytes;
         let entries = plan.entries.iter().zip(runs);
         let partials = entries.map(|(entry, runs)| memory.attend(runs, entry.start, entry.end)).collect();
         self.answered += 1;
-        Some(LaneMessage::Answer { step, partials })
+        Some((LaneMessage::Answer { step, partials }, bytes))
     }
 }
 

@@ -168,8 +168,9 @@ impl<M> Network<M> {
         self.post(now + delay * 2, here, Arrival::Connected { conn: here, ask });
     }
 
-    /// Sends a message of `bytes` bytes, after all before it.
-    pub fn send(&mut self, now: Duration, rng: &mut ChaCha8Rng, conn: u64, bytes: u64, message: M) {
+    /// Sends a message of `bytes` bytes, after all before it. Its bytes began to
+    /// leave at `since`, where they were made bit by bit before now.
+    pub fn send(&mut self, now: Duration, since: Duration, rng: &mut ChaCha8Rng, conn: u64, bytes: u64, message: M) {
         let Some(end) = self.ends.get(&conn).filter(|end| end.open && !end.dead) else { return };
         let (from, port, peer) = (end.slot, end.port, end.peer);
         let Some(to) = self.ends.get(&peer).map(|end| end.slot) else { return };
@@ -182,8 +183,8 @@ impl<M> Network<M> {
             Port::Lane => {
                 self.traffic.lane_bytes += bytes;
                 let busy = self.busy.entry((from, to)).or_default();
-                *busy = (*busy).max(now) + Duration::from_secs_f64(bytes as f64 / self.weather.bytes_s);
-                start = *busy;
+                *busy = (*busy).max(since) + Duration::from_secs_f64(bytes as f64 / self.weather.bytes_s);
+                start = now.max(*busy);
             }
         }
         let at = start + self.delay(rng, port);
@@ -306,7 +307,7 @@ mod tests {
         net.dial(zero, &mut rng, 0, Some(1), Port::Control, 9);
         let opened = net.take();
         let Arrival::Connected { conn, ask: 9 } = opened[1].2 else { panic!("{opened:?}") };
-        (0..100).for_each(|i| net.send(zero, &mut rng, conn, 10, i));
+        (0..100).for_each(|i| net.send(zero, zero, &mut rng, conn, 10, i));
         let sent = net.take();
         assert!(sent.windows(2).all(|w| w[0].0 <= w[1].0), "delays never reorder");
         net.cut(zero, &mut rng, 0, 1);
@@ -343,10 +344,12 @@ mod tests {
         let (mut net, mut rng) = network(0.0);
         net.dial(Duration::ZERO, &mut rng, 0, Some(1), Port::Lane, 1);
         let Arrival::Connected { conn, .. } = net.take()[1].2 else { panic!() };
-        net.send(Duration::ZERO, &mut rng, conn, 1_000_000, 1);
-        net.send(Duration::ZERO, &mut rng, conn, 1_000_000, 2);
+        let second = Duration::from_secs(1);
+        net.send(Duration::ZERO, Duration::ZERO, &mut rng, conn, 1_000_000, 1);
+        net.send(Duration::ZERO, Duration::ZERO, &mut rng, conn, 1_000_000, 2);
+        net.send(second * 4, second * 3, &mut rng, conn, 500_000, 3);
         let at: Vec<_> = net.take().iter().map(|post| post.0.as_millis()).collect();
-        assert_eq!(at, [1001, 2001]);
-        assert_eq!(net.traffic.lane_bytes, 2_000_000);
+        assert_eq!(at, [1001, 2001, 4001], "the third left while it was made");
+        assert_eq!(net.traffic.lane_bytes, 2_500_000);
     }
 }

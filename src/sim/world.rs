@@ -407,7 +407,9 @@ impl World {
                 let there = to.filter(|to| self.places.get(*to).is_some_and(|place| place.instance.is_some()));
                 self.network.dial(now, rng, slot, there, port, ask);
             }
-            Effect::Send { conn, bytes, payload } => self.network.send(now, rng, conn, bytes, payload),
+            Effect::Send { conn, bytes, since, payload } => {
+                self.network.send(now, since.unwrap_or(now), rng, conn, bytes, payload);
+            }
             Effect::Datagram { to, bytes } => self.network.datagram(now, rng, slot, to, bytes),
             Effect::Close { conn } => self.network.close(now, rng, conn),
             Effect::Wake { at, what } => {
