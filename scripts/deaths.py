@@ -233,7 +233,14 @@ def run(args, faults, hosts, folder, nodes):
             until("all loans to be repaid", settled)
             before = engine.cluster()["recovery"]
             streams = start()
-            owes = lambda: sum(l["blocks"] for l in engine.cluster()["loans"] if l["creditor"] == victim.instance)
+            seen = {}
+
+            def owes(age=1.5):
+                """rBlocks of the loans that have been there for a while, and so hold something."""
+                loans = [l for l in engine.cluster()["loans"] if l["creditor"] == victim.instance]
+                now = time.monotonic()
+                return sum(l["blocks"] for l in loans if now - seen.setdefault(l["id"], now) >= age)
+
             until("the victim to lend, and streams to flow",
                   lambda: owes() >= 16 and sum(s.pieces > 2 for s in streams) * 4 >= len(streams) or
                   not any(s.is_alive() for s in streams))

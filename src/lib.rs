@@ -14,3 +14,4 @@ pub mod model;
 pub mod node;
 pub mod schedule;
 pub mod server;
+pub mod sim;

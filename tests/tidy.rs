@@ -45,13 +45,14 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("kv", &[]),
     ("control", &["kv"]),
     ("schedule", &["kv"]),
+    ("sim", &["kv", "control", "schedule"]),
     ("device", &["kv"]),
     ("attention", &["codec", "kv", "control", "schedule", "device"]),
     ("model", &["kv", "device", "attention"]),
     ("engine", &["kv", "control", "schedule", "device", "attention", "model"]),
     ("node", &["kv", "control", "schedule", "device", "attention", "model", "engine"]),
     ("server", &["kv", "control", "schedule", "device", "attention", "model", "engine", "node"]),
-    ("cli", &["kv", "control", "schedule", "device", "attention", "model", "engine", "node", "server"]),
+    ("cli", &["kv", "control", "schedule", "sim", "device", "attention", "model", "engine", "node", "server"]),
 ];
 
 /// Modules that may import the fabric.
@@ -218,10 +219,11 @@ fn modules_import_downwards_only() {
 }
 
 #[test]
-fn the_control_plane_is_pure() {
+fn the_control_plane_and_its_simulation_are_pure() {
     let mut faults = Vec::new();
     // Its tests drive it from outside and may read the environment.
-    for file in tree().iter().filter(|f| f.path.starts_with("src/control/") && !f.path.contains("/tests/")) {
+    let pure = |path: &str| ["src/control/", "src/sim/"].iter().any(|folder| path.starts_with(folder));
+    for file in tree().iter().filter(|f| pure(&f.path) && !f.path.contains("/tests/")) {
         for (word, meaning) in IMPURE {
             if has(&file.code, word) {
                 faults.push(format!("{}: {word} ({meaning})", file.path));

@@ -5,6 +5,7 @@ pub mod generate;
 pub mod model;
 pub mod options;
 pub mod serve;
+pub mod sim;
 pub mod status;
 
 use std::process::ExitCode;
@@ -33,6 +34,8 @@ enum Command {
     Model(model::Args),
     /// Measure: latencies as histograms, and the share of what the machine can do.
     Bench(Box<bench::Args>),
+    /// Simulate a cluster: the real control plane under virtual time, with faults.
+    Sim(Box<sim::Args>),
     /// Show the cluster as any node sees it.
     Status(status::Args),
 }
@@ -51,6 +54,7 @@ pub fn main() -> ExitCode {
         Command::Bench(args) => bench::run(*args),
         Command::Model(args) => model::run(args),
         Command::Generate(args) => generate::run(*args),
+        Command::Sim(args) => sim::run(*args),
         Command::Status(args) => status::run(args),
     };
     match result {

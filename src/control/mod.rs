@@ -17,6 +17,7 @@ pub mod ledger;
 mod links;
 pub mod message;
 pub mod perf;
+pub mod plan;
 pub mod rmanager;
 pub mod row;
 pub mod seal;

@@ -248,10 +248,11 @@ impl Scheduler {
     // ---- admission ----------------------------------------------------------
 
     fn admit(&mut self) {
+        let mut reuse = true;
         while !self.blocked && self.admitted.len() < self.config.max_sequences {
             let Some(mut s) = self.waiting.pop_front() else { return };
             let need = self.pool.shape().blocks_for(s.tokens.len() + 1);
-            if !s.prompt_logits {
+            if !s.prompt_logits && std::mem::replace(&mut reuse, true) {
                 let mut reusable = s.tokens.len() - 1;
                 if need > self.pool.blocks() as usize {
                     // Not so much that the rest could not be computed here.
@@ -280,8 +281,16 @@ impl Scheduler {
                 self.asks.push(s.ask(missing - share));
             } else {
                 let alone = self.admitted.is_empty();
+                let cached = !s.table.is_empty();
                 self.free_blocks(&mut s);
                 self.reset(&mut s);
+                if alone && cached {
+                    // What it would reuse fills the pool, and nobody will make
+                    // room beside it: without, the cache gives way.
+                    reuse = false;
+                    self.waiting.push_front(s);
+                    continue;
+                }
                 if alone && self.lendable == 0 && self.pool.table().counts().lent == 0 {
                     let message = format!(
                         "the prompt needs {need} rBlocks of KV memory; this node has {pool_blocks} and nobody lends"

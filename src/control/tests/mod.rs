@@ -3,6 +3,7 @@
 mod cases;
 mod lending;
 mod network;
+mod plan;
 mod seeds;
 
 use crate::kv::rblock::{KvDtype, KvShape};

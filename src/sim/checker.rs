@@ -1,0 +1,88 @@
+//! What must hold in a simulated world: of each instance after every event, of
+//! all together once nothing happens any more.
+
+use std::collections::BTreeSet;
+use std::sync::PoisonError;
+
+use super::instance::Instance;
+use crate::kv::block_table::Placement;
+use crate::kv::rblock::{InstanceId, LoanId};
+
+/// What holds of one instance at any time: every physical block is exactly one
+/// of free, reserved, filling, live or held; what is lent is the sum of the
+/// loans, block by block; what is held, the sequences and the prefix cache hold.
+pub fn instance(it: &Instance) -> Result<(), String> {
+    let table = it.pool.table();
+    let counts = table.check_invariants()?;
+    let manager = it.control.controller().rmanager();
+    let mut lent = 0;
+    for record in manager.loans() {
+        lent += record.blocks.len() as u32;
+        for block in &record.blocks {
+            let owner = table.entry(*block).and_then(|entry| entry.loan());
+            if owner != Some(record.loan) {
+                return Err(format!("loan {} has block {block}, which is {owner:?}'s", record.loan.0));
+            }
+        }
+    }
+    if lent != manager.lent() || lent != counts.reserved + counts.lent {
+        return Err(format!("loans of {lent} blocks, {} counted, {counts:?} in the table", manager.lent()));
+    }
+    if lent > manager.lend_cap() {
+        return Err(format!("{lent} blocks lent, at most {} may be", manager.lend_cap()));
+    }
+    let mut held = BTreeSet::new();
+    for sequence in it.sequences().filter_map(|seq| it.scheduler.get(seq)) {
+        for placement in sequence.table.blocks() {
+            if let Placement::Local(block) = placement {
+                held.insert(block.index);
+                if table.entry(block.index).is_none_or(|entry| entry.refs == 0 || entry.loan().is_some()) {
+                    return Err(format!("sequence {} keeps KV in block {}, not its own", sequence.id, block.index));
+                }
+            }
+        }
+        let placed: usize = sequence.loans.iter().map(|loan| loan.placed).sum();
+        if placed != sequence.table.remote() {
+            let remote = sequence.table.remote();
+            return Err(format!("sequence {} has {remote} blocks with creditors, {placed} placed", sequence.id));
+        }
+    }
+    let cached = it.prefix.lock().unwrap_or_else(PoisonError::into_inner).len();
+    let most = held.len() + cached;
+    if (counts.held as usize) < held.len().max(cached) || counts.held as usize > most {
+        return Err(format!("{} blocks held, {} by sequences and {cached} by the cache", counts.held, held.len()));
+    }
+    Ok(())
+}
+
+/// What holds of all once nothing has happened for a while: creditors and
+/// debtors have the same loans.
+pub fn settled(all: &[&Instance]) -> Result<(), String> {
+    type Loan = (InstanceId, InstanceId, LoanId, u32, Vec<u32>);
+    let (mut given, mut taken): (Vec<Loan>, Vec<Loan>) = (Vec::new(), Vec::new());
+    for it in all {
+        let controller = it.control.controller();
+        let loans = controller.rmanager().loans();
+        given.extend(loans.map(|l| (it.id, l.debtor, l.loan, l.epoch, l.blocks.clone())));
+        let debts = controller.debts().loans();
+        taken.extend(debts.map(|l| (l.creditor, it.id, l.loan, l.epoch, l.blocks.clone())));
+    }
+    given.sort();
+    taken.sort();
+    match given == taken {
+        true => Ok(()),
+        false => Err(format!("creditors know {} loans, debtors {}: {given:?} and {taken:?}", given.len(), taken.len())),
+    }
+}
+
+/// What holds at the very end, every request being answered: nothing is lent,
+/// and nothing held but by the prefix cache.
+pub fn over(it: &mut Instance) -> Result<(), String> {
+    it.forget_prefixes();
+    let counts = it.pool.table().check_invariants()?;
+    let debts = it.control.controller().debts().borrowed();
+    match counts.free == counts.total && debts == 0 {
+        true => Ok(()),
+        false => Err(format!("at the end {counts:?} and {debts} blocks borrowed")),
+    }
+}
