@@ -109,9 +109,9 @@ fn render(cluster: &Value) -> String {
         out += "\n";
         out += &table(
             &["DEBTS OF ALL", "", "CREDITOR", "BLOCKS"],
-            debts.iter().map(|debt| {
-                vec![text(&debt["debtor"]), "owes".into(), text(&debt["creditor"]), text(&debt["blocks"])]
-            }),
+            debts
+                .iter()
+                .map(|debt| vec![text(&debt["debtor"]), "owes".into(), text(&debt["creditor"]), text(&debt["blocks"])]),
         );
     }
     let links = list("links");

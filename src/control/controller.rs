@@ -19,7 +19,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 pub use super::config::{Config, ConfigError};
-use super::debts::{Ask, Debts, Progress};
+use super::debts::Debts;
 pub use super::debts::{BorrowError, Loan};
 pub use super::event::{ControlStats, Input, LocalStats, Note, Output};
 use super::gossip::{Gossip, pace};
@@ -39,31 +39,31 @@ const SOON: Duration = Duration::from_millis(20);
 
 /// One instance's control plane.
 pub struct Controller {
-    config: Config,
-    seal: Seal,
-    rmanager: RManager,
-    debts: Debts,
-    swim: Swim,
-    gossip: Gossip,
-    links: Links,
-    rng: ChaCha8Rng,
-    outputs: VecDeque<Output>,
-    stats: ControlStats,
-    local: LocalStats,
-    stamp: Stamp,
+    pub(super) config: Config,
+    pub(super) seal: Seal,
+    pub(super) rmanager: RManager,
+    pub(super) debts: Debts,
+    pub(super) swim: Swim,
+    pub(super) gossip: Gossip,
+    pub(super) links: Links,
+    pub(super) rng: ChaCha8Rng,
+    pub(super) outputs: VecDeque<Output>,
+    pub(super) stats: ControlStats,
+    pub(super) local: LocalStats,
+    pub(super) stamp: Stamp,
     /// When each row last brought news.
-    news: BTreeMap<InstanceId, Duration>,
+    pub(super) news: BTreeMap<InstanceId, Duration>,
     /// Creditors announced to the engine: up, and with a row.
-    announced: BTreeMap<InstanceId, u32>,
+    pub(super) announced: BTreeMap<InstanceId, u32>,
     /// When it was called last.
-    last: Duration,
-    beat_next: Duration,
-    row_last: Duration,
-    row_next: Duration,
-    announce_next: Duration,
-    draining: bool,
-    drained: bool,
-    left: bool,
+    pub(super) last: Duration,
+    pub(super) beat_next: Duration,
+    pub(super) row_last: Duration,
+    pub(super) row_next: Duration,
+    pub(super) announce_next: Duration,
+    pub(super) draining: bool,
+    pub(super) drained: bool,
+    pub(super) left: bool,
 }
 
 impl Controller {
@@ -161,6 +161,11 @@ impl Controller {
     /// The debtor's side of this instance.
     pub fn debts(&self) -> &Debts {
         &self.debts
+    }
+
+    /// This instance.
+    pub fn own(&self) -> InstanceId {
+        self.config.instance
     }
 
     /// Members that are up, without this one.
@@ -424,15 +429,6 @@ impl Controller {
         }
     }
 
-    /// Corrects the row of a creditor by what it has just answered, until its
-    /// next row comes.
-    fn correct(&mut self, creditor: InstanceId, change: impl FnOnce(&mut TierRow)) {
-        let row = self.gossip.ledger_mut().get_mut(creditor);
-        if let Some(tier) = row.and_then(|row| row.tiers.first_mut()) {
-            change(tier);
-        }
-    }
-
     fn garbage(&mut self, conn: u64, reason: String) {
         self.stats.garbage += 1;
         self.drop_link(conn, reason);
@@ -492,98 +488,6 @@ impl Controller {
             self.outputs.push_back(Output::Disconnect { conn });
         }
         self.left = true;
-    }
-
-    // ---- debts ----------------------------------------------------------------
-
-    /// Who can lend this instance how much, as far as known.
-    fn lendable(&self) -> BTreeMap<InstanceId, u32> {
-        let Some(shape) = self.config.shape else { return BTreeMap::new() };
-        let lendable = self.announced.keys().filter_map(|instance| {
-            let asked = self.debts.outstanding(*instance);
-            let row = self.gossip.ledger().get(*instance)?;
-            Some((*instance, row.lendable(&shape).saturating_sub(asked)))
-        });
-        lendable.collect()
-    }
-
-    fn borrow(&mut self, now: Duration, request: u64, blocks: u32, avoid: &[InstanceId]) {
-        if blocks == 0 {
-            return self.outputs.push_back(Output::Granted { request, loans: Vec::new() });
-        }
-        let asks = match self.config.shape {
-            None => Err(BorrowError::NoShape),
-            Some(_) => self.debts.borrow(now + self.config.ask_timeout, request, blocks, &self.lendable(), avoid),
-        };
-        match asks {
-            Ok(asks) => self.ask(now, &asks),
-            Err(reason) => self.outputs.push_back(Output::Refused { request, reason }),
-        }
-    }
-
-    fn ask(&mut self, now: Duration, asks: &[Ask]) {
-        let Some(shape) = self.config.shape else { return };
-        for ask in asks {
-            let (ticket, request, blocks) = (ask.ticket, ask.request, ask.blocks);
-            self.send_to(now, ask.creditor, &Message::TryMoveKvCache { ticket, request, blocks, shape });
-        }
-    }
-
-    fn refused(&mut self, now: Duration, creditor: InstanceId, ticket: u64) {
-        let lendable = self.lendable();
-        let (progress, asks) = self.debts.refused(now + self.config.ask_timeout, creditor, ticket, &lendable);
-        self.ask(now, &asks);
-        self.progress(now, progress);
-    }
-
-    fn progress(&mut self, now: Duration, progress: Progress) {
-        match progress {
-            Progress::Waiting | Progress::Unknown => {}
-            Progress::Done { request, loans } => self.outputs.push_back(Output::Granted { request, loans }),
-            Progress::Failed { request, error, repay } => {
-                repay.into_iter().for_each(|loan| self.repay(now, loan));
-                self.outputs.push_back(Output::Refused { request, reason: error });
-            }
-        }
-    }
-
-    fn repay_request(&mut self, now: Duration, request: u64) {
-        if let Some(loans) = self.debts.cancel(request) {
-            loans.into_iter().for_each(|loan| self.repay(now, loan));
-            self.outputs.push_back(Output::Refused { request, reason: BorrowError::Cancelled });
-        }
-        let loans = self.debts.repay_request(request);
-        loans.into_iter().for_each(|loan| self.repay(now, loan));
-    }
-
-    /// Tells the creditor of a loan that is no longer held. Should that not
-    /// reach it, the lease ends the loan.
-    fn repay(&mut self, now: Duration, loan: Loan) {
-        let blocks = loan.blocks.len() as u32;
-        self.correct(loan.creditor, |tier| {
-            tier.free = tier.free.saturating_add(blocks).min(tier.total);
-            tier.lent = tier.lent.saturating_sub(blocks);
-        });
-        self.send_to(now, loan.creditor, &Message::Repay { loan: loan.loan, epoch: loan.epoch });
-    }
-
-    /// Loans are gone. Those of a borrowing under way were never told of: the
-    /// borrowing fails.
-    fn lost(&mut self, now: Duration, loans: Vec<Loan>) {
-        self.stats.lost += loans.len() as u64;
-        let (unfinished, told): (Vec<_>, Vec<_>) = loans.into_iter().partition(|l| self.debts.was_for_borrowing(l));
-        for loan in unfinished {
-            let request = loan.request;
-            let wanted = self.debts.wanted(request).unwrap_or(0);
-            if let Some(rest) = self.debts.cancel(request) {
-                rest.into_iter().for_each(|loan| self.repay(now, loan));
-                let reason = BorrowError::Short { wanted, lendable: 0 };
-                self.outputs.push_back(Output::Refused { request, reason });
-            }
-        }
-        if !told.is_empty() {
-            self.outputs.push_back(Output::LoansLost { loans: told });
-        }
     }
 
     // ---- time -----------------------------------------------------------------
@@ -728,7 +632,7 @@ impl Controller {
     /// Says something to an instance, over a connection that may have to be
     /// made first. What cannot be said now is dropped: asks have a time limit,
     /// loans a lease, heartbeats a successor.
-    fn send_to(&mut self, now: Duration, instance: InstanceId, message: &Message) {
+    pub(super) fn send_to(&mut self, now: Duration, instance: InstanceId, message: &Message) {
         let mut bytes = Vec::new();
         message.encode(&mut bytes);
         let row = self.gossip.ledger().get(instance);

@@ -7,6 +7,7 @@
 //! [`message`] (what is said), [`ledger`] (what is known of all instances),
 //! [`view`] (what people see of it).
 
+mod borrowing;
 mod codec;
 mod config;
 pub mod controller;

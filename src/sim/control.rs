@@ -1,8 +1,8 @@
 //! All that the simulation knows of the controller's interface: one place to
 //! change when that changes.
 
+use core::net::SocketAddr;
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::network::{Arrival, Slot};
@@ -253,8 +253,7 @@ impl Control {
             Output::Send { conn, bytes } => self.calls.push(Call::Send { conn, bytes }),
             Output::Disconnect { conn } => self.calls.push(Call::Close { conn }),
             Output::Granted { request, loans } => {
-                let held =
-                    |l: crate::control::debts::Loan| HeldLoan::new(l.creditor, l.loan, l.epoch, l.blocks);
+                let held = |l: crate::control::debts::Loan| HeldLoan::new(l.creditor, l.loan, l.epoch, l.blocks);
                 self.news.push(News::Granted { request, loans: loans.into_iter().map(held).collect() });
             }
             Output::Refused { request, reason } => {

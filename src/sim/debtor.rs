@@ -211,14 +211,7 @@ impl Debtor {
 
     /// Writes a block's values to a creditor. `bytes` is what a real block would
     /// have; they leave from `since` on.
-    pub fn write(
-        &mut self,
-        since: Duration,
-        creditor: InstanceId,
-        block: BlockIndex,
-        values: Vec<u64>,
-        bytes: u64,
-    ) {
+    pub fn write(&mut self, since: Duration, creditor: InstanceId, block: BlockIndex, values: Vec<u64>, bytes: u64) {
         let Some(lane) = self.lanes.get_mut(&creditor).filter(|lane| lane.state == LaneState::Open) else { return };
         let Some(conn) = lane.conn else { return };
         self.calls.push(LaneCall::Send {

@@ -9,13 +9,14 @@
 //! of the controller's interface. [`network`] carries messages, [`fault`] breaks
 //! things, [`workload`] brings requests, [`cost`] says how long things take,
 //! [`toy`] what is computed, [`checker`] what must hold, [`report`] what was
-//! seen.
+//! seen. [`gossip`] runs membership and the ledger alone, at large sizes.
 
 pub mod checker;
 pub mod control;
 pub mod cost;
 pub mod debtor;
 pub mod fault;
+pub mod gossip;
 pub mod instance;
 pub mod lender;
 pub mod network;

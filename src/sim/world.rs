@@ -73,7 +73,8 @@ impl Config {
         let setup = Setup {
             cost,
             lend: 0.6,
-            lease: Duration::from_secs(10),
+            // Some of the faults last longer, so that leases end on the living.
+            lease: Duration::from_secs(3),
             schedule: SchedulerConfig { max_rows: 48, chunk_rows: 24, max_logits: 16, max_sequences: 8, replicas: 1 },
             sabotage,
         };

@@ -2,6 +2,7 @@
 
 pub mod attention;
 pub mod fabric;
+pub mod gossip;
 pub mod model;
 pub mod report;
 
@@ -20,6 +21,8 @@ enum What {
     Attention(attention::Args),
     /// Latency, bandwidth and message rate of the fabric's transports.
     Fabric(fabric::Args),
+    /// The ledger's spread, its cost and the detection of deaths, simulated.
+    Gossip(gossip::Args),
     /// Prefill and decode of a model by batch and depth beside its memory floor.
     Model(Box<model::Args>),
 }
@@ -29,6 +32,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     match args.what {
         What::Attention(args) => attention::run(args),
         What::Fabric(args) => fabric::run(args),
+        What::Gossip(args) => gossip::run(args),
         What::Model(args) => model::run(*args),
     }
 }
