@@ -19,6 +19,16 @@ pub struct PerfModel {
 }
 
 impl PerfModel {
+    /// The same to three digits, so that a row that carries it does not change
+    /// with every step.
+    pub fn rounded(self) -> Self {
+        let round = |ns: f32| {
+            let unit = 10f32.powi(ns.max(1e-3).log10().floor() as i32 - 2);
+            (ns / unit).round() * unit
+        };
+        Self { fixed_ns: round(self.fixed_ns), row_ns: round(self.row_ns), key_ns: round(self.key_ns) }
+    }
+
     /// Time of a step of `rows` rows that attend to `keys` keys in all, ns.
     pub fn step_ns(&self, rows: f64, keys: f64) -> f64 {
         f64::from(self.fixed_ns) + f64::from(self.row_ns) * rows + f64::from(self.key_ns) * keys

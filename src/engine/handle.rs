@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::mpsc;
 
+use crate::control::perf::PerfModel;
 use crate::model::sampler::{SamplingParams, TokenLogprobs};
 
 /// A request as the engine takes it: tokens in, tokens out. Text, stop strings
@@ -161,6 +162,8 @@ pub struct EngineStats {
     pub recomputed_tokens: u64,
     /// rBlocks that lie with one creditor although each is to lie with two.
     pub unreplicated_blocks: usize,
+    /// How long a decode step takes, as fitted to those of late.
+    pub perf: Option<PerfModel>,
 }
 
 impl EngineHandle {

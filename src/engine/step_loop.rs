@@ -16,6 +16,7 @@ use super::requests::{Clients, LogitTap, Verdict};
 use crate::attention::debtor::{BlockMove, Debtor, LaneState, RemotePart};
 use crate::attention::exchange::ExchangeStats;
 use crate::attention::wire::{LoanView, Placement, PlanEntry};
+use crate::control::perf::Fit;
 use crate::device::Device;
 use crate::kv::pool::KvPool;
 use crate::kv::prefix::PrefixCache;
@@ -181,6 +182,8 @@ pub struct Engine<D: Device> {
     clients: Clients,
     /// Grants whose lanes are still being opened.
     opening: Vec<(SeqId, Vec<HeldLoan>)>,
+    /// Of decode steps.
+    fit: Fit,
     doubts: Doubts,
     next_seq: SeqId,
     max_model_len: usize,
@@ -263,6 +266,7 @@ where
             shared: shared.clone(),
             clients: Clients::default(),
             opening: Vec::new(),
+            fit: Fit::default(),
             doubts: Doubts::default(),
             next_seq: 1,
             max_model_len: config.max_model_len,
@@ -384,6 +388,7 @@ where
     }
 
     fn step(&mut self) {
+        let begun = Instant::now();
         let streaming: Vec<BlockMove> = self.batch.spills.iter().map(block_move).collect();
         let parts: Vec<RemotePart> =
             self.batch.items.iter().flat_map(|item| remote_parts(&self.scheduler, item)).collect();
@@ -411,6 +416,12 @@ where
         self.scheduler.complete(&mut self.batch);
         self.debtor.place(self.batch.spills.iter().map(block_move));
         self.deliver(vocab);
+        // Steps of one kind, so that a key costs the same in all of them.
+        let decode = !self.batch.items.is_empty() && self.batch.items.iter().all(|item| item.rows.len() == 1);
+        if decode && self.batch.spills.is_empty() {
+            let keys = self.batch.items.iter().map(|item| u64::from(item.position) + 1).sum();
+            self.fit.step(self.batch.items.len() as u32, keys, begun.elapsed().as_nanos() as u64);
+        }
     }
 
     fn deliver(&mut self, vocab: usize) {
@@ -520,6 +531,7 @@ where
         stats.recoveries = self.scheduler.recoveries();
         stats.recomputed_tokens = self.scheduler.recomputed_tokens();
         stats.unreplicated_blocks = self.scheduler.unreplicated();
+        stats.perf = self.fit.model();
         stats.blocks_cached = self.prefix.lock().unwrap_or_else(PoisonError::into_inner).len();
     }
 }

@@ -100,7 +100,7 @@ pub(super) struct ControlLoop {
     /// The engine, where there is one.
     pub(super) engine: Option<SyncSender<Command>>,
     /// The engine's figures for the ledger row.
-    pub(super) figures: Box<dyn Fn() -> LocalStats + Send>,
+    pub(super) figures: Box<dyn FnMut() -> LocalStats + Send>,
     pub(super) shape: Option<KvShape>,
     pub(super) host: u64,
     pub(super) view: ClusterView,

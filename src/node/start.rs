@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use distkv_fabric::tcp::{TcpConfig, TcpTransport};
 use distkv_fabric::{Transport, Waker};
@@ -18,6 +18,7 @@ use crate::attention::debtor::{Debtor, DebtorConfig};
 use crate::attention::exchange::ExchangeStats;
 use crate::control::controller::{Config, ConfigError, Controller, LocalStats};
 use crate::control::message::Role;
+use crate::control::perf::PerfModel;
 use crate::control::rmanager::{PoolSource, RManager};
 use crate::control::row::Profile;
 use crate::control::seal::KEY_BYTES;
@@ -429,9 +430,15 @@ impl Assembly {
         let view = ClusterView::default();
         let commands: Option<SyncSender<Command>> = engine.as_ref().map(|e| e.commands.clone());
         let handle = engine.as_ref().map(|e| e.handle.clone());
+        let mut rate = Rate::default();
         let figures = Box::new(move || {
             let stats = handle.as_ref().map(EngineHandle::stats).unwrap_or_default();
-            LocalStats { running: stats.running as u32, waiting: stats.waiting as u32, ..LocalStats::default() }
+            LocalStats {
+                running: stats.running as u32,
+                waiting: stats.waiting as u32,
+                tokens_s: rate.of(Instant::now(), stats.generated_tokens),
+                perf: stats.perf.map(PerfModel::rounded),
+            }
         });
         let control = ControlLoop {
             transport: self.control,
@@ -460,6 +467,28 @@ impl Assembly {
             threads,
             describe,
         })
+    }
+}
+
+/// Tokens a second out of a count of tokens, over spans of at least
+/// [`Rate::SPAN`], each as heavy as all before it.
+#[derive(Default)]
+struct Rate {
+    last: Option<(Instant, u64)>,
+    smooth: f64,
+}
+
+impl Rate {
+    const SPAN: Duration = Duration::from_millis(500);
+
+    fn of(&mut self, now: Instant, count: u64) -> u32 {
+        let (at, before) = *self.last.get_or_insert((now, count));
+        let span = now - at;
+        if span >= Self::SPAN {
+            self.smooth = (self.smooth + (count - before) as f64 / span.as_secs_f64()) / 2.0;
+            self.last = Some((now, count));
+        }
+        self.smooth.round() as u32
     }
 }
 
