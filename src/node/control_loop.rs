@@ -15,6 +15,9 @@ use crate::engine::{Command, GrantedLoan, Treasury};
 use crate::kv::rblock::{InstanceId, KvShape, LoanId};
 use crate::schedule::sequence::{HeldLoan, SeqId};
 
+/// How long after a refusal the engine is told anew what can be borrowed.
+const RETELL: Duration = Duration::from_millis(200);
+
 /// What reaches the control loop from the node's other threads.
 pub(super) enum NodeCommand {
     Borrow {
@@ -125,7 +128,7 @@ impl ControlLoop {
                 self.feed(now, &mut state, Input::LocalRow(figures));
                 self.feed(now, &mut state, Input::Tick);
             }
-            self.report_memory(&mut state);
+            self.report_memory(now, &mut state);
             if now >= published {
                 self.view.publish(self.controller.view(now), state.drained);
                 published = now + Duration::from_millis(50);
@@ -236,6 +239,9 @@ impl ControlLoop {
                 self.tell_engine(Command::Granted { seq: request, loans });
             }
             Output::Refused { request, reason } => {
+                // The engine asks no more until it hears of creditors anew: it is
+                // told again, changed or not, but not at once.
+                state.retell = Some(now + RETELL);
                 self.tell_engine(Command::Refused { seq: request, reason: reason.to_string() });
             }
             Output::LoansLost { loans } => {
@@ -268,7 +274,7 @@ impl ControlLoop {
     }
 
     /// Tells the engine what could be borrowed, and when lent memory is back.
-    fn report_memory(&mut self, state: &mut State) {
+    fn report_memory(&mut self, now: Duration, state: &mut State) {
         let Some(shape) = &self.shape else { return };
         let lent = self.controller.rmanager().lent();
         let (mut free, mut cap) = (0, 0);
@@ -277,7 +283,8 @@ impl ControlLoop {
             free += lendable as usize;
             cap += if row.shape.as_ref() == Some(shape) { row.lend_cap() } else { lendable } as usize;
         }
-        if (free, cap) != state.lendable {
+        let again = state.retell.take_if(|at| *at <= now).is_some();
+        if (free, cap) != state.lendable || again {
             state.lendable = (free, cap);
             self.tell_engine(Command::Lendable { free, cap });
         }
@@ -301,6 +308,8 @@ struct State {
     dialing: BTreeMap<u64, String>,
     events: Vec<Happened>,
     lendable: (usize, usize),
+    /// When the engine is to be told of it again.
+    retell: Option<Duration>,
     lent: u32,
     drained: bool,
     left: bool,
