@@ -257,6 +257,9 @@ impl Control {
                 self.news.push(News::Granted { request, loans: loans.into_iter().map(held).collect() });
             }
             Output::Refused { request, reason } => {
+                // The scheduler asks no more until it hears of creditors anew:
+                // so it is told at the next tick, changed or not.
+                self.lendable = usize::MAX;
                 self.news.push(News::Refused { request, reason: reason.to_string() });
             }
             Output::LoansLost { loans } => {

@@ -329,7 +329,7 @@ impl World {
         self.apply(event).map_err(|broken| self.violation(&name, broken))?;
         let audited: Vec<Slot> = match slot {
             Some(slot) if self.config.every_event => vec![slot],
-            _ if self.done % SELDOM == 0 => (0..self.places.len()).collect(),
+            _ if self.done.is_multiple_of(SELDOM) => (0..self.places.len()).collect(),
             _ => Vec::new(),
         };
         for slot in audited {
