@@ -235,15 +235,15 @@ def run(args, faults, hosts, folder, nodes):
             streams = start()
             seen = {}
 
-            def owes(age=1.5):
+            def owes(age=1.0):
                 """rBlocks of the loans that have been there for a while, and so hold something."""
                 loans = [l for l in engine.cluster()["loans"] if l["creditor"] == victim.instance]
                 now = time.monotonic()
                 return sum(l["blocks"] for l in loans if now - seen.setdefault(l["id"], now) >= age)
 
             until("the victim to lend, and streams to flow",
-                  lambda: owes() >= 16 and sum(s.pieces > 2 for s in streams) * 4 >= len(streams) or
-                  not any(s.is_alive() for s in streams))
+                  lambda: owes() >= 4 and any(s.pieces > 2 for s in streams) or not any(s.is_alive() for s in streams),
+                  180)
             lost, running = owes(), sum(s.is_alive() for s in streams)
             if fault == "kill":
                 victim.signal(signal.SIGKILL)
