@@ -180,7 +180,7 @@ struct Creditor {
 }
 
 impl Creditor {
-    fn new(row: &Row, own: &Own) -> Self {
+    fn new(row: &Row, own: &Own, mine: u32) -> Self {
         let low_water = water(row.total(), own.limits.low_water);
         let block = f64::from(own.shape.block_tokens);
         let rtt = own.links.iter().find(|link| link.peer == row.instance).map_or(own.limits.rtt_us, |l| l.rtt_us);
@@ -196,7 +196,7 @@ impl Creditor {
             spare: lendable.min(free.saturating_sub(low_water * 2)),
             free,
             low_water: if cut { low_water } else { 0 },
-            mine: own.requests.iter().filter_map(|r| r.remote.get(&row.instance)).sum(),
+            mine,
             largest: row.debts.iter().map(|d| (d.blocks, d.debtor)).max() == Some((owed, own.instance)),
             leaves: row.service == Service::Draining,
             batch: f64::from(row.running),
@@ -247,12 +247,17 @@ impl<'a> Planner<'a> {
             longest.truncate(most);
         }
         let owing = own.requests.iter().filter(|r| !r.remote.is_empty());
+        let mut mine: BTreeMap<InstanceId, u32> = BTreeMap::new();
+        for (creditor, blocks) in own.requests.iter().flat_map(|r| &r.remote) {
+            *mine.entry(*creditor).or_default() += blocks;
+        }
         let creditors = ledger.rows().filter(|row| row.instance != own.instance);
+        let creditor = |row: &Row| Creditor::new(row, own, mine.get(&row.instance).copied().unwrap_or(0));
         Self {
             own,
             free: own.free,
             requests: longest.into_iter().chain(owing).map(|r| (r.request, r.clone())).collect(),
-            creditors: creditors.map(|row| (row.instance, Creditor::new(row, own))).collect(),
+            creditors: creditors.map(|row| (row.instance, creditor(row))).collect(),
             keys_here: (tokens as f64 - keys_away).max(0.0),
             keys_away,
             growth: u32::try_from(growth).unwrap_or(u32::MAX),
