@@ -157,10 +157,21 @@ pub struct Move {
 /// arguments give the same plan; once it is carried out, the next is empty.
 pub fn plan(ledger: &Ledger, own: &Own) -> Vec<Move> {
     let mut planner = Planner::new(ledger, own);
-    planner.circles(ledger);
-    planner.recall();
-    planner.greedy();
-    planner.moves
+    // Nobody is in a circle to whom nothing is owed.
+    let mut graph = (!own.lent.is_empty()).then(|| Debts::new(ledger, own));
+    // Each on what the others leave behind, until none has anything to add: a
+    // move to a creditor can make the room in which another block comes home.
+    loop {
+        let before = planner.moves.len();
+        if let Some(graph) = &mut graph {
+            planner.circles(graph);
+        }
+        planner.recall();
+        planner.greedy();
+        if planner.moves.len() == before {
+            return planner.moves;
+        }
+    }
 }
 
 /// A creditor as the plan so far leaves it.
@@ -322,11 +333,10 @@ impl<'a> Planner<'a> {
 
     // ---- the four decisions ------------------------------------------------------
 
-    fn circles(&mut self, ledger: &Ledger) {
-        if self.own.lent.is_empty() || self.keys_away == 0.0 {
+    fn circles(&mut self, graph: &mut Debts) {
+        if self.keys_away == 0.0 {
             return;
         }
-        let mut graph = Debts::new(ledger, self.own);
         while self.moves.len() < self.own.limits.max_moves && self.room() > 0 {
             let Some((circle, blocks)) = graph.circle(self.own.instance) else { return };
             let creditor = circle[1];
