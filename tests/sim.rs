@@ -50,7 +50,7 @@ fn every_request_ends_with_its_own_tokens_whatever_breaks() {
         ("cached", sum(|r| r.cached_tokens)),
     ];
     println!("{seen:?}");
-    assert!(seen.iter().all(|(_, count)| *count > reports.len() as u64 / 20), "{seen:?}");
+    assert!(seen.iter().all(|(_, count)| *count > reports.len() as u64 / 40), "{seen:?}");
 }
 
 #[test]

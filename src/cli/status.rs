@@ -137,6 +137,13 @@ fn render(cluster: &Value) -> String {
             }),
         );
     }
+    if let Some(figures) = cluster["recovery"].as_object().filter(|map| map.values().any(|n| *n != 0)) {
+        out += "\nrecovery:";
+        for (name, value) in figures {
+            out += &format!(" {} {}", clean(name), text(value));
+        }
+        out += "\n";
+    }
     out
 }
 

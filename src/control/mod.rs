@@ -2,10 +2,11 @@
 //! No socket, clock, thread or unseeded chance is in here, so the same code
 //! runs in a node and, thousands of seeds a night, in a simulator.
 //!
-//! [`controller`] joins the rest: [`membership`] (who is there),
-//! [`rmanager`] (what this instance lends), [`debts`] (what it borrows),
-//! [`message`] (what is said), [`ledger`] (what is known of all instances),
-//! [`view`] (what people see of it).
+//! [`controller`] joins the rest: [`swim`] (who is there), [`gossip`] and
+//! [`ledger`] (what is known of all instances, a [`row`] each), [`rmanager`]
+//! (what this instance lends), [`debts`] (what it borrows), [`message`] (what is
+//! said), [`seal`] (who is heard), [`plan`] and [`perf`] (what should move, and
+//! what that is judged by), [`view`] (what people see).
 
 mod borrowing;
 mod codec;

@@ -1,10 +1,21 @@
 //! Planted bugs are found, seeds repeat themselves.
 
+use super::fault::{Fault, Timed};
 use super::lender::Sabotage;
 use super::world::{Config, Outcome, World};
 
 fn small(seed: u64, sabotage: Sabotage) -> Outcome {
-    World::new(Config { keep_log: true, ..Config::small(seed, sabotage) }).run()
+    let mut config = Config { keep_log: true, ..Config::small(seed, sabotage) };
+    if sabotage == Sabotage::Lease {
+        // A debtor that is stopped for longer than a lease comes back to blocks
+        // that are another's.
+        let pause = |n: usize| Timed {
+            at_ms: 2000 + 1500 * n as u64,
+            fault: Fault::Pause { node: n % config.instances, ms: 5000 },
+        };
+        config.faults = (0..10).map(pause).collect();
+    }
+    World::new(config).run()
 }
 
 /// The planted bug is found within so many seeds.
