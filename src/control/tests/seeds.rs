@@ -76,10 +76,8 @@ fn act(world: &mut World, faults: Faults) {
             world.garble(bytes);
         }
         95..97 if faults == Faults::All => world.kill(node),
-        97..99 if faults == Faults::All => match world.cut.pop() {
-            None => world.cut.push(node),
-            Some(_) => {}
-        },
+        97 if faults == Faults::All && world.cut.is_empty() => world.cut.push(node),
+        98 if faults == Faults::All => world.cut.clear(),
         _ => {}
     }
 }
