@@ -202,7 +202,7 @@ pub struct FabricOptions {
     /// Longest wait for a creditor's answer before it counts as lost, milliseconds.
     #[arg(long, env = "DISTKV_EXCHANGE_DEADLINE_MS", default_value_t = 5000)]
     pub exchange_deadline_ms: u64,
-    /// A member silent for this long is gone, milliseconds.
+    /// A control connection to a creditor that is silent for this long is closed, milliseconds.
     #[arg(long, env = "DISTKV_LOST_AFTER_MS", default_value_t = 2000)]
     pub lost_after_ms: u64,
 }

@@ -15,8 +15,9 @@ const LONGEST: usize = 2048;
 /// Datagrams that may wait for the control loop; more are dropped, as a network
 /// would.
 const QUEUE: usize = 4096;
-/// How often the receiving thread looks whether it is to end.
-const LOOK: Duration = Duration::from_millis(200);
+/// How often the receiving thread looks whether it is to end, should the word
+/// of it be lost.
+const LOOK: Duration = Duration::from_millis(500);
 
 /// A datagram and where it came from.
 pub(super) type Datagram = (SocketAddr, Vec<u8>);
@@ -54,6 +55,15 @@ impl Datagrams {
     pub(super) fn send(&self, to: SocketAddr, bytes: &[u8]) {
         if let Err(error) = self.socket.send_to(bytes, to) {
             tracing::debug!(%to, %error, "a datagram was not sent");
+        }
+    }
+}
+
+impl Drop for Datagrams {
+    /// Nobody listens any more: wakes the receiving thread, which finds out.
+    fn drop(&mut self) {
+        if let Ok(own) = self.socket.local_addr() {
+            self.send(own, &[]);
         }
     }
 }

@@ -40,7 +40,7 @@ pub struct Tuning {
     pub lease: Duration,
     /// Time between heartbeats.
     pub heartbeat: Duration,
-    /// A member silent for this long is gone.
+    /// A connection to a creditor that is silent for this long is closed.
     pub lost_after: Duration,
     /// A creditor that does not answer a query for this long is lost.
     pub deadline: Duration,
@@ -128,6 +128,9 @@ pub enum NodeError {
     /// The model could not be loaded.
     #[error("model: {0}")]
     Model(#[from] LoadError),
+    /// The socket of its datagrams could not be had.
+    #[error("listening for gossip at udp {0}: {1}; both the tcp and the udp port are needed")]
+    Gossip(SocketAddr, std::io::Error),
     /// An address that is none.
     #[error("{0}: not an address of the form tcp://ip:port")]
     Address(String),
@@ -521,9 +524,10 @@ fn listen(address: SocketAddr) -> Result<(TcpTransport, UdpSocket), NodeError> {
     loop {
         tries -= 1;
         let control = TcpTransport::bind(address, TcpConfig::default())?;
-        match UdpSocket::bind(parse(&control.address().0)?) {
+        let told = parse(&control.address().0)?;
+        match UdpSocket::bind(told) {
             Ok(gossip) => return Ok((control, gossip)),
-            Err(error) if tries == 0 => return Err(error.into()),
+            Err(error) if tries == 0 => return Err(NodeError::Gossip(told, error)),
             Err(_) => {}
         }
     }

@@ -134,9 +134,10 @@ fn twelve_requests_at_once_outlive_a_creditor() {
 fn creditors_are_killed_one_after_the_other() {
     let dir = tempfile::tempdir().unwrap();
     let files = model(dir.path(), json!({}));
-    let expected = alone(&files, 4096, &[(1, 1_500)], 64).remove(0);
+    // Long enough that it still runs when the second is killed.
+    let expected = alone(&files, 4096, &[(1, 1_500)], 400).remove(0);
     let mut cluster = Setup::new(FabricChoice::Shm, KvDtype::F32, &[1024, 1024, 1024, 1024]).start(&files);
-    let mut stream = cluster.submit(prompt(1, 1_500), 64, false);
+    let mut stream = cluster.submit(prompt(1, 1_500), 400, false);
     let mut found = Vec::new();
     while let Some(token) = next(&mut stream) {
         found.push(token);
