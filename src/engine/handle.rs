@@ -162,6 +162,9 @@ pub struct EngineStats {
     pub recomputed_tokens: u64,
     /// rBlocks that lie with one creditor although each is to lie with two.
     pub unreplicated_blocks: usize,
+    /// Tokens whose KV the memory in reach holds at most, here and with
+    /// creditors.
+    pub reach_tokens: usize,
     /// How long a decode step takes, as fitted to those of late.
     pub perf: Option<PerfModel>,
 }

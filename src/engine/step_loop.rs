@@ -164,6 +164,7 @@ impl Submit for Shared {
         stats.blocks_free = counts.free as usize;
         stats.blocks_lent = (counts.lent + counts.reserved) as usize;
         stats.partials_rejected = self.exchange.rejected();
+        stats.reach_tokens = self.reach.load(Ordering::Relaxed) * self.block_tokens;
         stats
     }
 }

@@ -133,6 +133,9 @@ impl Setup {
         until("all members to be seen", || {
             cluster.node.view().ledger().instances.iter().filter(|i| !i.me && i.row.is_some()).count() == members
         });
+        // The engine hears of what they lend a moment later.
+        let reach: usize = self.tokens.iter().sum();
+        until("all memory to be in reach", || cluster.node.stats().reach_tokens >= reach);
         cluster
     }
 }
