@@ -7,14 +7,16 @@
 //! lent block's way from filling to live.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use distkv_fabric::{Access, Event, PeerId, RegionId, RemoteKey, Transport, Write, WriteGuard};
 
+use super::landing::{LANDING_SLOTS, Landing};
 use super::mailbox::{Geometry, Mailbox, SLOTS};
-use super::wire::{LaneHello, LaneMessage, SlotHeader, SlotNotify, StepPlan};
+use super::wire::{Fetch, LaneHello, LaneMessage, SlotHeader, SlotNotify, StepPlan};
 use crate::control::rmanager::LentPool;
 use crate::device::{AttentionShape, AttnSeq, HolderKernel};
 use crate::kv::pool::KvPool;
@@ -34,6 +36,8 @@ pub struct CreditorStats {
     pub refused: AtomicU64,
     /// rBlocks taken in.
     pub placed: AtomicU64,
+    /// rBlocks given back to their debtors.
+    pub returned: AtomicU64,
 }
 
 /// Nanoseconds of this host's monotonic clock; comparable between processes of
@@ -81,7 +85,8 @@ struct ReadyPlan {
     rows: usize,
     seqs: Vec<AttnSeq>,
     runs: Vec<KvRun>,
-    loans: Vec<(LoanId, u32)>,
+    /// Loan, epoch, and which of `runs` lie under it.
+    loans: Vec<(LoanId, u32, Range<usize>)>,
     revision: u64,
 }
 
@@ -93,6 +98,8 @@ struct Lane {
     inbox_region: RegionId,
     outbox: Mailbox,
     outbox_region: RegionId,
+    staging: Landing,
+    staging_region: RegionId,
     placed: BTreeMap<LoanId, Vec<KvRun>>,
     plan: ReadyPlan,
 }
@@ -222,6 +229,8 @@ impl Creditor {
         let outbox = Mailbox::new(geometry).map_err(|e| e.to_string())?;
         let inbox_region = self.transport.register(inbox.memory(), Access::RemoteWrite).map_err(|e| e.to_string())?;
         let outbox_region = self.transport.register(outbox.memory(), Access::LocalOnly).map_err(|e| e.to_string())?;
+        let staging = Landing::new(pool.shape()).map_err(|e| e.to_string())?;
+        let staging_region = self.transport.register(staging.memory(), Access::LocalOnly).map_err(|e| e.to_string())?;
         let query_key = self.transport.remote_key(inbox_region).map_err(|e| e.to_string())?;
         let shape = AttentionShape {
             heads: geometry.heads,
@@ -238,6 +247,8 @@ impl Creditor {
             inbox_region,
             outbox,
             outbox_region,
+            staging,
+            staging_region,
             placed: BTreeMap::new(),
             plan: ReadyPlan::default(),
         };
@@ -265,6 +276,7 @@ impl Creditor {
         };
         let plan = match LaneMessage::decode(payload) {
             Ok(LaneMessage::Plan(plan)) => plan,
+            Ok(LaneMessage::Fetch(fetch)) => return self.give_back(peer, fetch),
             Ok(_) => return self.expel(peer, "a message that only a creditor sends"),
             Err(error) => return self.expel(peer, &error.to_string()),
         };
@@ -278,6 +290,31 @@ impl Creditor {
                 self.refuse(peer, step, reason);
             }
         }
+    }
+
+    /// Sends an rBlock home. One whose loan is over is refused: the debtor will
+    /// hear of that from the control plane, or knows it.
+    fn give_back(&mut self, peer: PeerId, fetch: Fetch) {
+        let Some(lane) = self.lanes.get_mut(&peer) else { return };
+        if fetch.slot as usize >= LANDING_SLOTS {
+            return self.expel(peer, "a landing slot that does not exist");
+        }
+        if let Err(reason) = lane.stage(&fetch, &self.book) {
+            self.stats.refused.fetch_add(1, Ordering::Relaxed);
+            return self.reply(peer, &LaneMessage::FetchRefused { ticket: fetch.ticket, reason });
+        }
+        let write = Write {
+            local: lane.staging_region,
+            local_offset: lane.staging.offset(fetch.slot) as u64,
+            len: lane.staging.bytes() as u64,
+            remote: &lane.hello.landing_key,
+            remote_offset: lane.staging.offset(fetch.slot) as u64,
+            notify: Some(SlotNotify::Landed(fetch.slot).encode()),
+        };
+        if let Err(error) = self.transport.write(peer, write) {
+            return self.expel(peer, &error.to_string());
+        }
+        self.stats.returned.fetch_add(1, Ordering::Relaxed);
     }
 
     fn query(&mut self, peer: PeerId, slot: u8) {
@@ -304,9 +341,7 @@ impl Creditor {
         // to another: what was read is then worthless. Still in force now means
         // it was all along.
         if self.book.ended() != plan.revision
-            && let Some((loan, _)) = plan.loans.iter().find(|(loan, epoch)| {
-                self.book.loan(*loan).is_none_or(|t| t.debtor != lane.hello.debtor || t.epoch != *epoch)
-            })
+            && let Some((loan, ..)) = plan.loans.iter().find(|of| !lane.in_force(of, &self.book))
         {
             let reason = format!("loan {} ended during the step", loan.0);
             return self.refuse(peer, header.step, reason);
@@ -354,7 +389,7 @@ impl Creditor {
 
     fn forget(&mut self, peer: PeerId) {
         if let Some(lane) = self.lanes.remove(&peer) {
-            for region in [lane.inbox_region, lane.outbox_region] {
+            for region in [lane.inbox_region, lane.outbox_region, lane.staging_region] {
                 // Only fails if it is not registered, which is what we want.
                 let _ = self.transport.deregister(region);
             }
@@ -363,6 +398,31 @@ impl Creditor {
 }
 
 impl Lane {
+    /// Copies an rBlock of this debtor's to its staging slot, whole.
+    fn stage(&mut self, fetch: &Fetch, book: &LentPool) -> Result<(), String> {
+        let terms = book.loan(fetch.loan).filter(|t| t.debtor == self.hello.debtor && t.epoch == fetch.epoch);
+        let Some(terms) = terms else {
+            return Err(format!("loan {} is not this debtor's, or is over", fetch.loan.0));
+        };
+        let table = self.pool.table();
+        if !Arc::ptr_eq(&terms.pool, &self.pool) || !table.visible(fetch.block, fetch.loan) {
+            return Err(format!("rBlock {} was not placed under loan {}", fetch.block, fetch.loan.0));
+        }
+        self.staging.fill(fetch.slot, fetch.ticket, &self.pool, fetch.block).map_err(|error| error.to_string())?;
+        if !table.was_visible(fetch.block, fetch.loan) {
+            return Err(format!("loan {} ended meanwhile", fetch.loan.0));
+        }
+        Ok(())
+    }
+
+    /// Is a plan's loan in force, and all that the plan attends to still under
+    /// it? The rest of it may have been given back.
+    fn in_force(&self, (loan, epoch, runs): &(LoanId, u32, Range<usize>), book: &LentPool) -> bool {
+        let table = self.pool.table();
+        book.loan(*loan).is_some_and(|t| t.debtor == self.hello.debtor && t.epoch == *epoch)
+            && self.plan.runs[runs.clone()].iter().all(|run| table.was_visible(run.block, *loan))
+    }
+
     /// Takes placements in and looks the step's blocks up. Returns how many
     /// rBlocks were placed; on an error nothing of the step may be answered.
     fn take_plan(&mut self, plan: &StepPlan, book: &LentPool) -> Result<u64, String> {
@@ -377,7 +437,13 @@ impl Lane {
         }
         let revision = book.ended();
         if revision != self.plan.revision {
-            self.placed.retain(|loan, _| book.loan(*loan).is_some());
+            let table = self.pool.table();
+            self.placed.retain(|loan, runs| {
+                // A part that was given back is at the end.
+                let kept = runs.iter().take_while(|run| table.visible(run.block, *loan)).count();
+                runs.truncate(kept);
+                book.loan(*loan).is_some()
+            });
         }
         let in_force = |loan: LoanId| match book.loan(loan) {
             Some(terms) if terms.debtor == self.hello.debtor => Ok(terms),
@@ -419,8 +485,9 @@ impl Lane {
                 let visible = placed.get(..view.visible as usize).ok_or_else(|| {
                     format!("{} rBlocks asked of loan {}, {} placed", view.visible, view.loan.0, placed.len())
                 })?;
+                let from = ready.runs.len();
                 ready.runs.extend_from_slice(visible);
-                ready.loans.push((view.loan, view.epoch));
+                ready.loans.push((view.loan, view.epoch, from..ready.runs.len()));
             }
             ready.seqs.push(AttnSeq {
                 row,

@@ -20,11 +20,15 @@ use distkv_fabric::{Access, Address, Event, PeerId, RegionId, RemoteKey, Transpo
 use super::LayerHook;
 use super::creditor::monotonic_ns;
 use super::exchange::{ExchangeStats, Stage};
+use super::fetch::{Landed, Slot, slots};
+use super::landing::{LANDING_SLOTS, Landing};
 use super::mailbox::{Geometry, Mailbox, SLOTS};
 use super::wire::{LaneHello, LaneMessage, MAX_PLACEMENTS, Placement, PlanEntry, SlotHeader, SlotNotify, StepPlan};
 use crate::device::{AttentionShape, Device};
 use crate::kv::pool::KvPool;
 use crate::kv::rblock::{BlockIndex, InstanceId};
+
+const OVER: &str = "its loans were not renewed in time";
 
 /// What a debtor is set up with.
 pub struct DebtorConfig {
@@ -76,10 +80,10 @@ pub struct RemotePart {
     pub entry: PlanEntry,
 }
 
-struct Lane {
-    transport: usize,
-    peer: PeerId,
-    state: LaneState,
+pub(super) struct Lane {
+    pub(super) transport: usize,
+    pub(super) peer: PeerId,
+    pub(super) state: LaneState,
     opened: Instant,
     same_host: bool,
     query_key: RemoteKey,
@@ -88,7 +92,9 @@ struct Lane {
     blocks: u32,
     inbox: Mailbox,
     outbox: Mailbox,
-    regions: [RegionId; 2],
+    pub(super) landing: Landing,
+    pub(super) slots: [Slot; LANDING_SLOTS],
+    regions: [RegionId; 3],
     /// Complete at the creditor once the next plan says so.
     placements: Vec<Placement>,
     plan: StepPlan,
@@ -110,21 +116,25 @@ enum Owned {
     Connected(PeerId),
     Message(PeerId, Vec<u8>),
     Partial(PeerId, u8),
+    Landed(PeerId, u8),
     Foreign(PeerId),
     Closed(PeerId, String),
 }
 
 /// The debtor. See the module's page.
 pub struct Debtor {
-    config: DebtorConfig,
-    pool: Arc<KvPool>,
-    transports: Vec<(Box<dyn Transport>, RegionId)>,
-    lanes: BTreeMap<InstanceId, Lane>,
+    pub(super) config: DebtorConfig,
+    pub(super) pool: Arc<KvPool>,
+    pub(super) transports: Vec<(Box<dyn Transport>, RegionId)>,
+    pub(super) lanes: BTreeMap<InstanceId, Lane>,
     step: u64,
     /// Moves whose layers are written as the step computes them.
     streaming: Vec<BlockMove>,
     lost: Vec<(InstanceId, String)>,
-    stats: Arc<ExchangeStats>,
+    pub(super) landed: Vec<Landed>,
+    /// Until when the loans of each creditor are certainly in force.
+    leases: BTreeMap<InstanceId, Instant>,
+    pub(super) stats: Arc<ExchangeStats>,
     events: Vec<Owned>,
     scratch: Vec<u8>,
 }
@@ -153,6 +163,8 @@ impl Debtor {
             step: 0,
             streaming: Vec::new(),
             lost: Vec::new(),
+            landed: Vec::new(),
+            leases: BTreeMap::new(),
             stats,
             events: Vec::new(),
             scratch: Vec::new(),
@@ -194,9 +206,11 @@ impl Debtor {
             max_rows: self.config.max_rows,
         };
         let (inbox, outbox) = (Mailbox::new(geometry)?, Mailbox::new(geometry)?);
+        let landing = Landing::new(self.pool.shape())?;
         let transport = &mut self.transports[index].0;
         let inbox_region = transport.register(inbox.memory(), Access::RemoteWrite)?;
         let outbox_region = transport.register(outbox.memory(), Access::LocalOnly)?;
+        let landing_region = transport.register(landing.memory(), Access::RemoteWrite)?;
         let mut hello = Vec::new();
         LaneHello {
             debtor: self.config.instance,
@@ -206,6 +220,7 @@ impl Debtor {
             windows: self.config.windows.clone(),
             max_rows: geometry.max_rows as u32,
             partial_key: transport.remote_key(inbox_region)?,
+            landing_key: transport.remote_key(landing_region)?,
         }
         .encode(&mut hello);
         let peer = transport.connect(&address, &hello)?;
@@ -221,7 +236,9 @@ impl Debtor {
             blocks: 0,
             inbox,
             outbox,
-            regions: [inbox_region, outbox_region],
+            landing,
+            slots: slots(),
+            regions: [inbox_region, outbox_region, landing_region],
             placements: Vec::new(),
             plan: StepPlan::default(),
             rows: Vec::new(),
@@ -261,6 +278,7 @@ impl Debtor {
                     Event::Message { peer, payload } => Owned::Message(peer, payload.to_vec()),
                     Event::Notified { peer, notify } => match SlotNotify::decode(notify) {
                         Some(SlotNotify::Partial(slot)) if (slot as usize) < SLOTS => Owned::Partial(peer, slot),
+                        Some(SlotNotify::Landed(slot)) => Owned::Landed(peer, slot),
                         _ => Owned::Foreign(peer),
                     },
                     Event::Closed { peer, reason } => Owned::Closed(peer, reason.to_string()),
@@ -283,12 +301,15 @@ impl Debtor {
             .map(|(&c, _)| c)
             .collect();
         late.into_iter().for_each(|creditor| self.lose(creditor, "the lane did not open in time"));
+        let late = self.overdue_fetches();
+        late.into_iter().for_each(|creditor| self.lose(creditor, "it did not give an rBlock back in time"));
     }
 
     fn take(&mut self, transport: usize, event: Owned) {
         let (Owned::Connected(peer)
         | Owned::Message(peer, _)
         | Owned::Partial(peer, _)
+        | Owned::Landed(peer, _)
         | Owned::Foreign(peer)
         | Owned::Closed(peer, _)) = &event;
         let peer = *peer;
@@ -302,6 +323,7 @@ impl Debtor {
         };
         match event {
             Owned::Connected(_) => {}
+            Owned::Landed(_, slot) => self.slot_filled(creditor, slot),
             Owned::Foreign(_) => self.lose(creditor, "it sent what does not belong on a lane"),
             Owned::Closed(_, reason) => self.lose(creditor, &reason),
             Owned::Message(_, payload) => match LaneMessage::decode(&payload) {
@@ -314,6 +336,7 @@ impl Debtor {
                 Ok(LaneMessage::StepRefused { step, reason }) => {
                     self.lose(creditor, &format!("it refused step {step}: {reason}"));
                 }
+                Ok(LaneMessage::FetchRefused { ticket, reason }) => self.fetch_refused(creditor, ticket, &reason),
                 Ok(_) => self.lose(creditor, "it sent a message that only a debtor sends"),
                 Err(error) => self.lose(creditor, &error.to_string()),
             },
@@ -339,7 +362,21 @@ impl Debtor {
         }
     }
 
-    fn lose(&mut self, creditor: InstanceId, reason: &str) {
+    /// The loans of `creditor` are in force until then, at least.
+    pub fn lease_until(&mut self, creditor: InstanceId, until: Instant) {
+        self.leases.insert(creditor, until);
+    }
+
+    /// Are a creditor's loans in force for certain? A process that was stopped for
+    /// longer than a lease would else attend to, and write into, memory that is
+    /// another's by now. Where no transport asks the creditor before the bytes
+    /// land (shared memory), this look before each write is what keeps it from
+    /// that.
+    fn in_force(&self, creditor: InstanceId) -> bool {
+        self.leases.get(&creditor).is_none_or(|until| Instant::now() < *until)
+    }
+
+    pub(super) fn lose(&mut self, creditor: InstanceId, reason: &str) {
         if !self.lanes.contains_key(&creditor) {
             return;
         }
@@ -374,6 +411,11 @@ impl Debtor {
         }
         self.streaming.clear();
         self.streaming.extend(streaming);
+        let over = |(creditor, lane): (&InstanceId, &Lane)| {
+            (lane.row_count > 0 && !self.in_force(*creditor)).then_some(*creditor)
+        };
+        let over: Vec<_> = self.lanes.iter().filter_map(over).collect();
+        over.into_iter().for_each(|creditor| self.lose(creditor, OVER));
         self.send_plans();
     }
 
@@ -426,6 +468,9 @@ impl Debtor {
 
     fn write_layer(&mut self, moves: &[BlockMove], layer: usize) {
         for m in moves {
+            if !self.in_force(m.creditor) {
+                self.lose(m.creditor, OVER);
+            }
             let Some(lane) = self.lanes.get_mut(&m.creditor).filter(|l| l.state == LaneState::Open) else { continue };
             let (transport, region) = &mut self.transports[lane.transport];
             let layer_bytes = self.pool.shape().layer_bytes() as u64;

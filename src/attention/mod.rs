@@ -23,8 +23,10 @@
 pub mod creditor;
 pub mod debtor;
 pub mod exchange;
+pub mod fetch;
 #[cfg(test)]
 mod gap_tests;
+pub mod landing;
 pub mod mailbox;
 pub mod wire;
 

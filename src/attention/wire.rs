@@ -8,7 +8,7 @@ use crate::codec::{DecodeError, Reader, Result, WriteExt};
 use crate::kv::rblock::{BlockIndex, InstanceId, KvDtype, KvShape, LoanId};
 
 /// Version of everything in this file; lanes of another version are refused.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 const HELLO_MAGIC: u32 = 0x4c76_4b44; // "DKvL"
 const MAX_LAYERS: usize = 4096;
 const MAX_KEY: usize = 64;
@@ -37,6 +37,8 @@ pub struct LaneHello {
     pub max_rows: u32,
     /// Where the creditor writes partials.
     pub partial_key: RemoteKey,
+    /// Where the creditor writes rBlocks that come home.
+    pub landing_key: RemoteKey,
 }
 
 /// A message on an open lane.
@@ -58,6 +60,15 @@ pub enum LaneMessage {
     },
     /// Debtor → creditor: what the coming exchanges are about.
     Plan(StepPlan),
+    /// Debtor → creditor: an rBlock that is to come home.
+    Fetch(Fetch),
+    /// Creditor → debtor: the rBlock of this ticket will not come.
+    FetchRefused {
+        /// Names the fetch.
+        ticket: u64,
+        /// Why, for people.
+        reason: String,
+    },
     /// Creditor → debtor: a step's plan or query was not honoured; no partial
     /// of this step will come.
     StepRefused {
@@ -91,6 +102,21 @@ pub struct Placement {
     pub position: u32,
     /// Tokens filled.
     pub tokens: u32,
+}
+
+/// An rBlock that a debtor wants back, and the landing slot that waits for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fetch {
+    /// Names it; comes back in the slot's header.
+    pub ticket: u64,
+    /// Under which loan it lies.
+    pub loan: LoanId,
+    /// The loan's epoch as granted.
+    pub epoch: u32,
+    /// Physical block at the creditor.
+    pub block: BlockIndex,
+    /// The debtor's landing slot.
+    pub slot: u8,
 }
 
 /// One sequence's part of a step.
@@ -130,6 +156,7 @@ impl LaneHello {
         }
         out.put_u32(self.max_rows);
         out.put_bytes(&self.partial_key.0);
+        out.put_bytes(&self.landing_key.0);
     }
 
     /// Decodes and checks what can be checked without knowing the pool.
@@ -149,6 +176,7 @@ impl LaneHello {
             windows: r.list("windows", MAX_LAYERS, 4, Reader::u32)?,
             max_rows: r.u32()?,
             partial_key: get_key(&mut r)?,
+            landing_key: get_key(&mut r)?,
         };
         r.finish()?;
         let (heads, kv_heads) = (hello.heads, hello.shape.kv_heads);
@@ -188,6 +216,19 @@ impl LaneMessage {
                 out.put_u64(*step);
                 out.put_bytes(clip(reason));
             }
+            Self::Fetch(fetch) => {
+                out.put_u8(5);
+                out.put_u64(fetch.ticket);
+                out.put_u32(fetch.loan.0);
+                out.put_u32(fetch.epoch);
+                out.put_u32(fetch.block);
+                out.put_u8(fetch.slot);
+            }
+            Self::FetchRefused { ticket, reason } => {
+                out.put_u8(6);
+                out.put_u64(*ticket);
+                out.put_bytes(clip(reason));
+            }
         }
     }
 
@@ -199,6 +240,14 @@ impl LaneMessage {
             2 => Self::Refuse { reason: r.text("reason", MAX_REASON)? },
             3 => Self::Plan(StepPlan::decode_body(&mut r)?),
             4 => Self::StepRefused { step: r.u64()?, reason: r.text("reason", MAX_REASON)? },
+            5 => Self::Fetch(Fetch {
+                ticket: r.u64()?,
+                loan: LoanId(r.u32()?),
+                epoch: r.u32()?,
+                block: r.u32()?,
+                slot: r.u8()?,
+            }),
+            6 => Self::FetchRefused { ticket: r.u64()?, reason: r.text("reason", MAX_REASON)? },
             _ => return Err(DecodeError::Invalid("an unknown lane message")),
         };
         r.finish()?;
@@ -313,6 +362,8 @@ pub enum SlotNotify {
     Query(u8),
     /// Partials lie in the debtor's slot.
     Partial(u8),
+    /// An rBlock lies in the debtor's landing slot.
+    Landed(u8),
 }
 
 impl SlotNotify {
@@ -321,6 +372,7 @@ impl SlotNotify {
         Notify(match self {
             Self::Query(slot) => 0x5100 | u32::from(slot),
             Self::Partial(slot) => 0x5200 | u32::from(slot),
+            Self::Landed(slot) => 0x5300 | u32::from(slot),
         })
     }
 
@@ -330,6 +382,7 @@ impl SlotNotify {
         match notify.0 & !0xff {
             0x5100 => Some(Self::Query(slot)),
             0x5200 => Some(Self::Partial(slot)),
+            0x5300 => Some(Self::Landed(slot)),
             _ => None,
         }
     }
@@ -409,6 +462,10 @@ mod tests {
             "[a-zä ]{0,40}".prop_map(|reason| LaneMessage::Refuse { reason }),
             (any::<u64>(), "[a-z ]{0,40}").prop_map(|(step, reason)| LaneMessage::StepRefused { step, reason }),
             plan,
+            any::<(u64, u32, u32, u32, u8)>().prop_map(|(ticket, loan, epoch, block, slot)| {
+                LaneMessage::Fetch(Fetch { ticket, loan: LoanId(loan), epoch, block, slot })
+            }),
+            (any::<u64>(), "[a-z ]{0,40}").prop_map(|(ticket, reason)| LaneMessage::FetchRefused { ticket, reason }),
         ]
     }
 
@@ -421,6 +478,7 @@ mod tests {
             windows: vec![0, 4096],
             max_rows: 320,
             partial_key: RemoteKey(vec![1, 2, 3]),
+            landing_key: RemoteKey(vec![4, 5]),
         }
     }
 
@@ -470,7 +528,7 @@ mod tests {
     #[test]
     fn slots_are_told_by_their_notifications() {
         for slot in [0, 1, 255] {
-            for notify in [SlotNotify::Query(slot), SlotNotify::Partial(slot)] {
+            for notify in [SlotNotify::Query(slot), SlotNotify::Partial(slot), SlotNotify::Landed(slot)] {
                 assert_eq!(SlotNotify::decode(notify.encode()), Some(notify));
             }
         }

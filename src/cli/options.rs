@@ -109,6 +109,10 @@ pub struct EngineOptions {
     /// may be lost without anything being computed again.
     #[arg(long, env = "DISTKV_KV_REPLICAS", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
     pub kv_replicas: u8,
+    /// Most tokens of KV that planned moves take to creditors or home in one
+    /// step; fewer where steps take longer for it. 0: nothing is moved by plan.
+    #[arg(long, env = "DISTKV_MOVE_TOKENS", default_value_t = 64, value_parser = clap::value_parser!(u32).range(0..=4096))]
+    pub move_tokens: u32,
     /// Most requests in the queue; more are answered 429.
     #[arg(long, env = "DISTKV_MAX_WAITING", default_value_t = 1024)]
     pub max_waiting: usize,
@@ -149,6 +153,7 @@ impl EngineOptions {
             max_logits: max_sequences,
             max_sequences,
             replicas: self.kv_replicas as usize,
+            move_blocks: (self.move_tokens as usize).div_ceil(self.block_tokens),
         };
         let bar = progress_bar(files.weights.total_bytes());
         let total = files.weights.total_bytes();

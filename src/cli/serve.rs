@@ -80,6 +80,8 @@ fn share(text: &str) -> Result<f64, String> {
 }
 
 const LAUNCHED_FABRIC_PORT: u16 = 7946;
+/// A node that drains waits this long for what is lent to become less.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Runs the subcommand until SIGTERM or SIGINT.
 pub fn run(args: Args) -> anyhow::Result<()> {
@@ -124,6 +126,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         listener.local_addr()?,
         node.control_address()
     );
+    let drain = node.drainer();
     let wanted = args.min_members.max(rank.as_ref().map_or(0, |r| r.size as usize - 1));
     let view = node.view().clone();
     runtime.block_on(async {
@@ -135,20 +138,41 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             eprintln!("distkv: ready");
             std::future::pending::<()>().await;
         };
-        let serve = crate::server::serve(listener, state, terminated());
+        // From the signal on, debtors move what lies here elsewhere, while this
+        // node's own requests finish.
+        let terminated = async move {
+            terminated().await;
+            eprintln!("distkv: draining");
+            drain();
+        };
+        let serve = crate::server::serve(listener, state, terminated);
         tokio::select! {
             result = serve => result.context("serving HTTP"),
             () = announce => Ok(()),
         }
     })?;
-    eprintln!("distkv: draining");
-    node.drain();
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !node.view().drained() && Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    rehomed(node.view());
     node.stop();
     Ok(())
+}
+
+/// Waits until nothing is lent or borrowed any more, as long as it becomes less.
+/// What is lent still is lost to its debtors, who compute it again.
+fn rehomed(view: &ClusterView) {
+    let (mut least, mut since) = (u32::MAX, Instant::now());
+    while !view.drained() {
+        let ledger = view.ledger();
+        let own = ledger.instances.iter().find(|i| i.me).and_then(|i| i.row.as_ref());
+        let left = own.map_or(0, |row| row.lent + row.borrowed);
+        if left < least {
+            (least, since) = (left, Instant::now());
+        }
+        if since.elapsed() > DRAIN_PATIENCE {
+            tracing::warn!(blocks = left, "leaving although rBlocks are still lent or borrowed");
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 async fn terminated() {
@@ -262,6 +286,15 @@ fn state(
             stages.map(|(s, h)| (Stage::name(*s).into(), figures(h))).collect();
         cluster["exchange_us"] = Value::Object(stages);
         let stats = cluster_stats();
+        let control = view.ledger().control;
+        cluster["moves"] = json!({
+            "sent_blocks": stats.blocks_sent,
+            "fetched_blocks": stats.blocks_fetched,
+            "planned_for_throughput": control.planned_throughput,
+            "planned_for_debt_circles": control.planned_circles,
+            "planned_for_short_creditors": control.planned_short,
+            "planned_for_leaving_creditors": control.planned_leaves,
+        });
         cluster["recovery"] = json!({
             "recoveries": stats.recoveries,
             "recomputed_tokens": stats.recomputed_tokens,
@@ -361,5 +394,13 @@ fn cluster_json(view: &ClusterView, stats: &EngineStats, me: &str, model: Option
         .iter()
         .map(|l| json!({"from": l.from, "to": l.to, "transport": "control over tcp", "age_ms": l.age_ms, "rtt_us": l.rtt_us}))
         .collect();
-    json!({"self": me, "instances": instances, "loans": loans, "debts": ledger.debts, "links": links, "control": ledger.control})
+    json!({
+        "self": me,
+        "instances": instances,
+        "loans": loans,
+        "debts": ledger.debts,
+        "links": links,
+        "decisions": ledger.decisions,
+        "control": ledger.control,
+    })
 }

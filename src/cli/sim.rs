@@ -259,6 +259,7 @@ fn config(args: &Args, cost: &CostModel, seed: u64, trace: Option<&[Job]>) -> an
         max_logits: args.sequences,
         max_sequences: args.sequences,
         replicas: 1,
+        move_blocks: 8,
     };
     let lease = Duration::from_secs(10);
     let setup = Setup { cost: cost.clone(), lend: args.lend, lease, schedule, sabotage: Sabotage::None };

@@ -6,6 +6,9 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, bail};
 use serde_json::Value;
 
+/// Planned moves shown, the latest first.
+const DECISIONS: usize = 8;
+
 /// Show the cluster: instances, memory, load, loans, links.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = "Examples:\n  distkv status\n  distkv status --url http://node7:8000 --watch\n  \
@@ -125,6 +128,19 @@ fn render(cluster: &Value) -> String {
             }),
         );
     }
+    let decisions = list("decisions");
+    if !decisions.is_empty() {
+        out += "\n";
+        out += &table(
+            &["PLANNED", "REQUEST", "BLOCKS", "FROM", "", "TO", "WHY", "BECAUSE"],
+            decisions.iter().take(DECISIONS).map(|decision| {
+                let cell = |name: &str| text(&decision[name]);
+                let age = decision["age_ms"].as_u64().map_or("-".into(), |ms| format!("{} s", ms / 1000));
+                let (from, to) = (cell("from"), cell("to"));
+                vec![age, cell("request"), cell("blocks"), from, "->".into(), to, cell("why"), cell("because")]
+            }),
+        );
+    }
     if let Some(latency) = cluster["latency"].as_object().filter(|map| map.values().any(|l| l["count"] != 0)) {
         out += "\n";
         out += &table(
@@ -137,12 +153,14 @@ fn render(cluster: &Value) -> String {
             }),
         );
     }
-    if let Some(figures) = cluster["recovery"].as_object().filter(|map| map.values().any(|n| *n != 0)) {
-        out += "\nrecovery:";
-        for (name, value) in figures {
-            out += &format!(" {} {}", clean(name), text(value));
+    for section in ["moves", "recovery"] {
+        if let Some(figures) = cluster[section].as_object().filter(|map| map.values().any(|n| *n != 0)) {
+            out += &format!("\n{section}:");
+            for (name, value) in figures {
+                out += &format!(" {} {}", clean(name), text(value));
+            }
+            out += "\n";
         }
-        out += "\n";
     }
     out
 }
@@ -272,6 +290,9 @@ mod tests {
             "loans": [{"id": 7, "debtor": "a", "creditor": "b", "request": 3, "blocks": 70, "epoch": 1}],
             "debts": [{"debtor": "a", "creditor": "b", "blocks": 70}],
             "links": [{"from": "a", "to": "b", "transport": "shm", "rtt_us": 8.25}],
+            "decisions": [{"age_ms": 2100, "request": 3, "blocks": 70, "from": "b", "to": "home",
+                           "why": "creditor_leaves", "because": "it is draining"}],
+            "moves": {"sent_blocks": 0, "fetched_blocks": 12},
             "recovery": {"recoveries": 1, "recomputed_tokens": 48},
         });
         let expected = "\
@@ -289,6 +310,11 @@ a             owes  b             70
 
 FROM      TO  TRANSPORT     RTT
 a     ->  b   shm        8.2 us
+
+PLANNED  REQUEST  BLOCKS  FROM      TO    WHY              BECAUSE
+    2 s        3      70  b     ->  home  creditor_leaves  it is draining
+
+moves: sent_blocks 0 fetched_blocks 12
 
 recovery: recoveries 1 recomputed_tokens 48
 ";

@@ -9,7 +9,7 @@ use super::debts::{Ask, BorrowError, Loan, Progress};
 use super::event::Output;
 use super::message::Message;
 use super::row::TierRow;
-use crate::kv::rblock::InstanceId;
+use crate::kv::rblock::{InstanceId, LoanId};
 
 impl Controller {
     /// Corrects the row of a creditor by what it has just answered, until its
@@ -32,13 +32,24 @@ impl Controller {
         lendable.collect()
     }
 
-    pub(super) fn borrow(&mut self, now: Duration, request: u64, blocks: u32, avoid: &[InstanceId]) {
+    pub(super) fn borrow(
+        &mut self,
+        now: Duration,
+        request: u64,
+        blocks: u32,
+        avoid: &[InstanceId],
+        only: Option<InstanceId>,
+    ) {
         if blocks == 0 {
             return self.outputs.push_back(Output::Granted { request, loans: Vec::new() });
         }
         let asks = match self.config.shape {
             None => Err(BorrowError::NoShape),
-            Some(_) => self.debts.borrow(now + self.config.ask_timeout, request, blocks, &self.lendable(), avoid),
+            Some(_) => {
+                let others = self.announced.keys().filter(|creditor| only.is_some_and(|only| only != **creditor));
+                let avoid: Vec<_> = avoid.iter().chain(others).copied().collect();
+                self.debts.borrow(now + self.config.ask_timeout, request, blocks, &self.lendable(), &avoid)
+            }
         };
         match asks {
             Ok(asks) => self.ask(now, &asks),
@@ -90,6 +101,17 @@ impl Controller {
             tier.lent = tier.lent.saturating_sub(blocks);
         });
         self.send_to(now, loan.creditor, &Message::Repay { loan: loan.loan, epoch: loan.epoch });
+    }
+
+    /// Tells the creditor how much of a loan is needed still. The next heartbeat
+    /// says so again.
+    pub(super) fn shrink(&mut self, now: Duration, creditor: InstanceId, loan: LoanId, keep: u32) {
+        if self.debts.shrink(creditor, loan, keep)
+            && let Some(renewal) = self.debts.renewal(creditor, loan)
+        {
+            let sent_us = now.as_micros() as u64;
+            self.send_to(now, creditor, &Message::Heartbeat { sent_us, loans: vec![renewal] });
+        }
     }
 
     /// Loans are gone. Those of a borrowing under way were never told of: the

@@ -26,6 +26,7 @@ use super::gossip::{Gossip, pace};
 use super::ledger::Ledger;
 use super::links::{Links, Route};
 use super::message::{MAX_RENEWALS, Message, Packet, Role, Service};
+use super::planning::Planning;
 use super::rmanager::RManager;
 use super::row::{MAX_DEBTORS, MAX_LINKS, Row, Stamp, TierRow};
 use super::seal::{NONCE_BYTES, Seal};
@@ -46,6 +47,9 @@ pub struct Controller {
     pub(super) swim: Swim,
     pub(super) gossip: Gossip,
     pub(super) links: Links,
+    pub(super) planning: Planning,
+    /// How long the loans of each creditor last unrenewed.
+    pub(super) leases: BTreeMap<InstanceId, Duration>,
     pub(super) rng: ChaCha8Rng,
     pub(super) outputs: VecDeque<Output>,
     pub(super) stats: ControlStats,
@@ -80,6 +84,8 @@ impl Controller {
             swim: Swim::new(me, rng.random()),
             gossip: Gossip::default(),
             links: Links::default(),
+            planning: Planning::default(),
+            leases: BTreeMap::new(),
             rng,
             outputs: VecDeque::new(),
             stats: ControlStats::default(),
@@ -111,7 +117,9 @@ impl Controller {
             Input::PeerAccepted { conn } => self.links.accepted(now, conn),
             Input::PeerMessage { conn, bytes } => self.message(now, conn, bytes),
             Input::PeerClosed { conn } => self.links.closed(conn),
-            Input::Borrow { request, blocks, avoid } => self.borrow(now, request, blocks, avoid),
+            Input::Borrow { request, blocks, avoid, only } => self.borrow(now, request, blocks, avoid, only),
+            Input::Plan { requests, queue } => self.plan(now, requests, queue),
+            Input::ShrinkLoan { creditor, loan, keep } => self.shrink(now, creditor, loan, keep),
             Input::RepayRequest { request } => self.repay_request(now, request),
             Input::RepayLoan { creditor, loan } => {
                 if let Some(loan) = self.debts.repay_loan(creditor, loan) {
@@ -187,7 +195,8 @@ impl Controller {
     pub fn view(&self, now: Duration) -> LedgerView {
         let me = self.config.instance;
         let ms = |since: Duration| now.saturating_sub(since).as_millis() as u64;
-        let mut view = LedgerView { control: self.stats(), ..LedgerView::default() };
+        let decisions = self.planning.view(now);
+        let mut view = LedgerView { control: self.stats(), decisions, ..LedgerView::default() };
         let own = self.row();
         view.instances.push(InstanceEntry {
             id: id(me),
@@ -359,17 +368,24 @@ impl Controller {
             // Taken care of where the message was read.
             Message::Hello { .. } => {}
             Message::Heartbeat { sent_us, loans } => {
+                let lent = self.rmanager.lent();
                 for renewal in loans {
                     let (loan, epoch) = (renewal.loan, renewal.epoch);
-                    if !self.rmanager.renew(now, from, loan, epoch) {
+                    if !self.rmanager.renew(now, from, loan, epoch, renewal.blocks) {
                         self.send(conn, &Message::Lapsed { loan, epoch });
                     }
+                }
+                if self.rmanager.lent() != lent {
+                    self.tell_soon();
                 }
                 self.send(conn, &Message::Heard { sent_us });
             }
             Message::Heard { sent_us } => {
-                if let Some(rtt) = now.checked_sub(Duration::from_micros(sent_us)) {
+                let sent = Duration::from_micros(sent_us);
+                if let Some(rtt) = now.checked_sub(sent) {
                     self.links.measured(from, rtt);
+                    // It heard the renewal after it was sent.
+                    self.lease_until(from, sent);
                 }
             }
             Message::TryMoveKvCache { ticket, request, blocks, shape } => {
@@ -393,7 +409,14 @@ impl Controller {
                 };
                 self.send(conn, &answer);
             }
-            Message::Granted { ticket, loan, epoch, blocks, .. } => {
+            Message::Granted { ticket, loan, epoch, blocks, lease_ms } => {
+                // It reserved after it was asked. Older loans end earlier.
+                if !self.debts.owes(from)
+                    && let Some(ask) = self.debts.asked(from, ticket)
+                {
+                    self.leases.insert(from, Duration::from_millis(u64::from(lease_ms)));
+                    self.lease_until(from, ask.until.saturating_sub(self.config.ask_timeout));
+                }
                 let count: u64 = blocks.iter().map(|range| u64::from(range.count)).sum();
                 let held = self.debts.holds(from, loan);
                 let progress = self.debts.granted(from, ticket, loan, epoch, &blocks);
@@ -410,6 +433,7 @@ impl Controller {
             }
             Message::Refused { ticket, reason, free } => {
                 self.correct(from, |tier| tier.free = tier.free.min(free));
+                self.planning.refused(now, from);
                 self.outputs.push_back(Output::Note(Note::CreditorRefused(from, reason)));
                 self.refused(now, from, ticket);
             }
@@ -426,6 +450,13 @@ impl Controller {
                 let lost: Vec<_> = self.debts.lapsed(from, loan, epoch).into_iter().collect();
                 self.lost(now, lost);
             }
+        }
+    }
+
+    /// Loans of `creditor` were in force at `since`, and are for a lease.
+    fn lease_until(&mut self, creditor: InstanceId, since: Duration) {
+        if let Some(lease) = self.leases.get(&creditor) {
+            self.outputs.push_back(Output::LeaseUntil { creditor, until: since + *lease });
         }
     }
 

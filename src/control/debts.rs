@@ -23,6 +23,12 @@ pub struct Loan {
     pub blocks: Vec<BlockIndex>,
 }
 
+impl Loan {
+    fn renewal(&self) -> Renewal {
+        Renewal { loan: self.loan, epoch: self.epoch, blocks: self.blocks.len() as u32 }
+    }
+}
+
 /// An ask to be sent to a creditor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ask {
@@ -135,13 +141,17 @@ impl Debts {
     /// Loans to renew with `creditor`.
     pub fn renewals(&self, creditor: InstanceId) -> Vec<Renewal> {
         let range = (creditor, LoanId(0))..=(creditor, LoanId(u32::MAX));
-        let renewal = |loan: &Loan| Renewal { loan: loan.loan, epoch: loan.epoch, blocks: loan.blocks.len() as u32 };
-        self.loans.range(range).map(|(_, loan)| renewal(loan)).collect()
+        self.loans.range(range).map(|(_, loan)| loan.renewal()).collect()
     }
 
     /// Asks that `creditor` has not answered.
     pub fn outstanding(&self, creditor: InstanceId) -> u32 {
         self.tickets.values().filter(|ask| ask.creditor == creditor).map(|ask| ask.blocks).sum()
+    }
+
+    /// An ask that `creditor` has not answered.
+    pub fn asked(&self, creditor: InstanceId, ticket: u64) -> Option<&Ask> {
+        self.tickets.get(&ticket).filter(|ask| ask.creditor == creditor)
     }
 
     /// Nothing held and nothing asked for.
@@ -235,6 +245,23 @@ impl Debts {
     /// Gives up one loan, to be repaid.
     pub fn repay_loan(&mut self, creditor: InstanceId, loan: LoanId) -> Option<Loan> {
         self.loans.remove(&(creditor, loan))
+    }
+
+    /// Gives up all but the first `keep` blocks of a loan. False: no such loan,
+    /// or nothing to give up.
+    pub fn shrink(&mut self, creditor: InstanceId, loan: LoanId, keep: u32) -> bool {
+        match self.loans.get_mut(&(creditor, loan)) {
+            Some(held) if (1..held.blocks.len()).contains(&(keep as usize)) => {
+                held.blocks.truncate(keep as usize);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// One loan's renewal.
+    pub fn renewal(&self, creditor: InstanceId, loan: LoanId) -> Option<Renewal> {
+        self.loans.get(&(creditor, loan)).map(Loan::renewal)
     }
 
     /// The creditor says that this loan is gone.

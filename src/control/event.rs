@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::debts::{BorrowError, Loan};
 use super::message::Refusal;
 use super::perf::PerfModel;
+use super::plan::{Held, Move};
 use crate::kv::rblock::{InstanceId, LoanId};
 
 /// The engine's share of the instance's ledger row.
@@ -24,7 +25,7 @@ pub struct LocalStats {
 
 /// What happens to a controller. Connections are named by the driver and never
 /// named alike twice.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum Input<'a> {
     /// A datagram; untrusted.
     Datagram {
@@ -72,6 +73,25 @@ pub enum Input<'a> {
         blocks: u32,
         /// Not from these.
         avoid: &'a [InstanceId],
+        /// From this one alone, where one is named.
+        only: Option<InstanceId>,
+    },
+    /// The engine's requests: what a plan is made from. Answered by
+    /// [`Output::Moves`].
+    Plan {
+        /// Those that run.
+        requests: Vec<Held>,
+        /// What each waiting one needs, rBlocks, first come first.
+        queue: Vec<u32>,
+    },
+    /// Of one loan only the first `keep` blocks, at least 1, are needed still.
+    ShrinkLoan {
+        /// From whom.
+        creditor: InstanceId,
+        /// Which.
+        loan: LoanId,
+        /// How many.
+        keep: u32,
     },
     /// A request needs none of its loans any more, nor the borrowing that may
     /// be under way.
@@ -97,7 +117,7 @@ pub enum Input<'a> {
 }
 
 /// What a controller wants done.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Output {
     /// Send a datagram; it may be lost.
     Datagram {
@@ -136,6 +156,17 @@ pub enum Output {
         request: u64,
         /// Why.
         reason: BorrowError,
+    },
+    /// What the engine should move, in place of what the last such output said.
+    Moves(Vec<Move>),
+    /// The loans of a creditor are certainly in force until then; whether they
+    /// are after it only the creditor knows. Told before the first is granted and
+    /// with each renewal. A process that was stopped must look before it writes.
+    LeaseUntil {
+        /// Whose.
+        creditor: InstanceId,
+        /// As the time given to `handle`.
+        until: std::time::Duration,
     },
     /// Loans that were [granted](Output::Granted) are gone, and with them the
     /// KV in their blocks.
@@ -214,4 +245,12 @@ pub struct ControlStats {
     pub lapsed: u64,
     /// Loans taken that were lost.
     pub lost: u64,
+    /// Moves planned for throughput.
+    pub planned_throughput: u64,
+    /// Moves planned to cancel debt circles.
+    pub planned_circles: u64,
+    /// Moves planned because a creditor was short of memory.
+    pub planned_short: u64,
+    /// Moves planned because a creditor was leaving.
+    pub planned_leaves: u64,
 }

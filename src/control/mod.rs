@@ -20,6 +20,7 @@ mod links;
 pub mod message;
 pub mod perf;
 pub mod plan;
+mod planning;
 pub mod rmanager;
 pub mod row;
 pub mod seal;

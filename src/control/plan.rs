@@ -3,7 +3,7 @@
 //! where, and why (paper, v2: greedy pairing by a performance model; v1: debt
 //! circles). A plan is advice: the creditor's reservation decides.
 //!
-//! It says four things, in this order, each on the state that the moves before
+//! It says these things, in this order, each on the state that the moves before
 //! it leave behind:
 //!
 //! 1. *Debt circles* (A owes B owes … owes A): each member brings its own share
@@ -14,6 +14,8 @@
 //!    those that run will have outgrown it within the horizon), its longest
 //!    request is paired with the freest and nearest creditor, and as many
 //!    rBlocks move as make the pair's summed throughput greatest.
+//! 4. *Homecoming*: what lies with a creditor although there is room for it here
+//!    comes home where both are faster so.
 //!
 //! What would be taken back by the next plan is not done: home only where this
 //! instance is not starved afterwards, to a creditor only what leaves it twice
@@ -27,6 +29,8 @@ use super::ledger::Ledger;
 use super::message::Service;
 use super::perf::PerfModel;
 use super::row::{Debt, LinkRow, Row};
+use crate::kv::moves::Errand;
+pub use crate::kv::moves::Held;
 use crate::kv::rblock::{InstanceId, KvShape};
 
 /// Most requests of the queue that a plan makes room for.
@@ -35,19 +39,6 @@ const QUEUE: usize = 256;
 const TRIES: usize = 4;
 /// Stands for an instance that has not said how its steps take time.
 const NOMINAL: PerfModel = PerfModel { fixed_ns: 1e7, row_ns: 1e5, key_ns: 100.0 };
-
-/// One of this instance's running requests.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Held {
-    /// Its name here.
-    pub request: u64,
-    /// Tokens whose KV exists.
-    pub tokens: u32,
-    /// Complete rBlocks here that only it holds: whose move frees memory.
-    pub local: u32,
-    /// rBlocks with creditors, by creditor; none is 0.
-    pub remote: BTreeMap<InstanceId, u32>,
-}
 
 /// What a plan may do.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -153,6 +144,17 @@ pub struct Move {
     pub why: Reason,
 }
 
+impl From<&Move> for Errand {
+    fn from(planned: &Move) -> Self {
+        let place = |place: Place| match place {
+            Place::Home => None,
+            Place::At(instance) => Some(instance),
+        };
+        let Move { request, blocks, from, to, .. } = planned;
+        Self { request: *request, blocks: *blocks, from: place(*from), to: place(*to) }
+    }
+}
+
 /// What this instance should move, by the ledger and its own state. The same
 /// arguments give the same plan; once it is carried out, the next is empty.
 pub fn plan(ledger: &Ledger, own: &Own) -> Vec<Move> {
@@ -168,6 +170,7 @@ pub fn plan(ledger: &Ledger, own: &Own) -> Vec<Move> {
         }
         planner.recall();
         planner.greedy();
+        planner.homecoming();
         if planner.moves.len() == before {
             return planner.moves;
         }
@@ -319,10 +322,11 @@ impl<'a> Planner<'a> {
     }
 
     /// Tokens a second of this instance if `blocks` more of its blocks lie with
-    /// `creditor`. Local attention and the exchange go on at the same time.
-    fn throughput(&self, creditor: &Creditor, blocks: u32) -> f64 {
-        let moved = f64::from(blocks) * f64::from(self.own.shape.block_tokens);
-        let (batch, filled) = self.batch_with(self.free.saturating_add(blocks));
+    /// `creditor` (fewer, where negative). Local attention and the exchange go on at the same time.
+    fn throughput(&self, creditor: &Creditor, blocks: i64) -> f64 {
+        let moved = blocks as f64 * f64::from(self.own.shape.block_tokens);
+        let free = (i64::from(self.free) + blocks).clamp(0, i64::from(u32::MAX)) as u32;
+        let (batch, filled) = self.batch_with(free);
         let here = self.keys_here - moved + filled * f64::from(self.own.shape.block_tokens);
         let away = self.keys_away + moved;
         let exchange = if away > 0.0 { f64::from(self.own.shape.layers) * creditor.rtt_ns } else { 0.0 };
@@ -396,6 +400,27 @@ impl<'a> Planner<'a> {
         }
     }
 
+    /// Brings home what lies with a creditor although there is room for it here
+    /// and both would be faster so: a query that need not travel.
+    fn homecoming(&mut self) {
+        if self.own.perf.is_none() || self.keys_away <= 0.0 {
+            return;
+        }
+        let low_water = water(self.own.total, self.own.limits.low_water);
+        let creditors: Vec<_> = self.creditors.iter().filter(|(_, c)| c.mine > 0).map(|(i, _)| *i).collect();
+        for instance in creditors {
+            let c = &self.creditors[&instance];
+            let blocks = c.mine.min(self.room().saturating_sub(low_water));
+            let keys = f64::from(blocks) * f64::from(self.own.shape.block_tokens);
+            let before = self.throughput(c, 0) + c.throughput(0.0);
+            let after = self.throughput(c, -i64::from(blocks)) + c.throughput(-keys);
+            let worth = self.own.limits.hysteresis * f64::from(blocks) / f64::from(self.own.total.max(1));
+            if after > before * (1.0 + worth) {
+                self.bring_home(instance, blocks, &Reason::Throughput { before, after });
+            }
+        }
+    }
+
     /// The count of blocks that makes the pair's summed throughput greatest,
     /// and that throughput before and after. `None`: not worth a move.
     fn best_count(&self, creditor: InstanceId, local: u32) -> Option<(u32, f64, f64)> {
@@ -403,7 +428,7 @@ impl<'a> Planner<'a> {
         let most = local.min(c.spare);
         let pair = |blocks: u32| {
             let keys = f64::from(blocks) * f64::from(self.own.shape.block_tokens);
-            self.throughput(c, blocks) + c.throughput(keys)
+            self.throughput(c, i64::from(blocks)) + c.throughput(keys)
         };
         // The batch changes where another request fits; in between, fewer
         // blocks are better or an even share of the keys is: halves find it.

@@ -80,7 +80,7 @@ impl LentPool {
         self.loans.read().unwrap_or_else(PoisonError::into_inner).get(&loan).cloned()
     }
 
-    /// Rises whenever a loan ends.
+    /// Rises whenever a loan, or a part of one, ends.
     pub fn ended(&self) -> u64 {
         self.ended.load(Ordering::Acquire)
     }
@@ -92,6 +92,12 @@ impl LentPool {
 
     fn insert(&self, record: Arc<LoanRecord>) {
         self.loans.write().unwrap_or_else(PoisonError::into_inner).insert(record.loan, record);
+    }
+
+    /// A part of a loan has ended.
+    fn replace(&self, record: Arc<LoanRecord>) {
+        self.insert(record);
+        self.ended.fetch_add(1, Ordering::Release);
     }
 
     fn remove(&self, loan: LoanId) {
@@ -265,15 +271,31 @@ impl RManager {
         Ok(Grant { loan, epoch: self.epoch, blocks: ranges })
     }
 
-    /// Prolongs a loan. False: the debtor has no such loan (any more).
-    pub fn renew(&mut self, now: Duration, debtor: InstanceId, loan: LoanId, epoch: u32) -> bool {
-        match self.loans.get_mut(&loan) {
-            Some(lent) if lent.record.debtor == debtor && lent.record.epoch == epoch => {
-                lent.until = now + self.lease;
-                true
-            }
-            _ => false,
+    /// Prolongs a loan, of which the debtor needs the first `blocks` blocks
+    /// still: the others are free again. False: the debtor has no such loan (any
+    /// more).
+    ///
+    /// A renewal that is late, from before the debtor gave a part back, names
+    /// more blocks than the loan has left and changes none.
+    pub fn renew(&mut self, now: Duration, debtor: InstanceId, loan: LoanId, epoch: u32, blocks: u32) -> bool {
+        let Some(lent) = self.loans.get_mut(&loan) else { return false };
+        if lent.record.debtor != debtor || lent.record.epoch != epoch {
+            return false;
         }
+        lent.until = now + self.lease;
+        let keep = blocks as usize;
+        if (1..lent.record.blocks.len()).contains(&keep) {
+            let before = lent.record.clone();
+            let kept = before.blocks[..keep].to_vec();
+            lent.record = Arc::new(LoanRecord { blocks: kept, pool: before.pool.clone(), ..*before });
+            // Whoever attends to the loan must see the change before its memory
+            // can be another's.
+            self.shared.replace(lent.record.clone());
+            let freed = before.pool.table().free_loan(loan, &before.blocks[keep..]);
+            debug_assert_eq!(freed, Ok((before.blocks.len() - keep) as u32));
+            self.lent -= (before.blocks.len() - keep) as u32;
+        }
+        true
     }
 
     /// Ends a loan at its debtor's word. False: it has no such loan (any more).

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::event::ControlStats;
 use super::message::{Role, Service};
 use super::perf::PerfModel;
+use super::plan::{Move, Place, Reason};
 use super::row::{Debt, LinkRow, Row, TierRow};
 use crate::kv::rblock::{InstanceId, KvShape, LoanId};
 
@@ -20,8 +21,55 @@ pub struct LedgerView {
     pub debts: Vec<DebtEntry>,
     /// Connections of this instance's control plane to members.
     pub links: Vec<LinkEntry>,
+    /// What its last plans decided, the latest first.
+    pub decisions: Vec<DecisionEntry>,
     /// Its figures since the start.
     pub control: ControlStats,
+}
+
+/// A planned move of one request's rBlocks.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DecisionEntry {
+    /// Milliseconds since it was planned.
+    pub age_ms: u64,
+    /// Whose KV.
+    pub request: u64,
+    /// How many rBlocks.
+    pub blocks: u32,
+    /// An instance, or `home`.
+    pub from: String,
+    /// As `from`.
+    pub to: String,
+    /// `throughput`, `debt_circle`, `creditor_short` or `creditor_leaves`.
+    pub why: String,
+    /// The figures behind it.
+    pub because: String,
+}
+
+impl DecisionEntry {
+    /// `planned`, decided so many milliseconds ago.
+    pub fn new(age_ms: u64, planned: &Move) -> Self {
+        let place = |place: Place| match place {
+            Place::Home => "home".to_string(),
+            Place::At(instance) => id(instance),
+        };
+        let Move { request, blocks, from, to, why } = planned;
+        let (from, to) = (place(*from), place(*to));
+        let (why, because) = match why {
+            Reason::Throughput { before, after } => {
+                ("throughput", format!("debtor and creditor together {before:.1} -> {after:.1} tokens/s by the model"))
+            }
+            Reason::DebtCircle { circle, blocks } => {
+                let names: Vec<_> = circle.iter().chain(circle.first()).map(|of| id(*of)).collect();
+                ("debt_circle", format!("{}, each {blocks} rBlocks or more", names.join(" owes ")))
+            }
+            Reason::CreditorShort { free, low_water } => {
+                ("creditor_short", format!("{free} rBlocks free there, short below {low_water}"))
+            }
+            Reason::CreditorLeaves => ("creditor_leaves", "it is draining".to_string()),
+        };
+        Self { age_ms, request: *request, blocks: *blocks, from, to, why: why.into(), because }
+    }
 }
 
 /// One member.

@@ -160,6 +160,10 @@ pub struct EngineStats {
     pub recoveries: u64,
     /// Tokens computed again since start because their KV was lost.
     pub recomputed_tokens: u64,
+    /// rBlocks that planned moves took to creditors since start.
+    pub blocks_sent: u64,
+    /// rBlocks that planned moves brought home since start.
+    pub blocks_fetched: u64,
     /// rBlocks that lie with one creditor although each is to lie with two.
     pub unreplicated_blocks: usize,
     /// Tokens whose KV the memory in reach holds at most, here and with

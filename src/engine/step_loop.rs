@@ -15,19 +15,24 @@ use super::handle::{EngineHandle, EngineStats, Output, Rejected, Request, Submit
 use super::requests::{Clients, LogitTap, Verdict};
 use crate::attention::debtor::{BlockMove, Debtor, LaneState, RemotePart};
 use crate::attention::exchange::ExchangeStats;
+use crate::attention::fetch::Landed;
 use crate::attention::wire::{LoanView, Placement, PlanEntry};
 use crate::control::perf::Fit;
 use crate::device::Device;
+use crate::kv::moves::{Errand, Held};
 use crate::kv::pool::KvPool;
 use crate::kv::prefix::PrefixCache;
 use crate::kv::rblock::{InstanceId, LoanId};
 use crate::model::transformer::Transformer;
 use crate::schedule::batch::{Batch, BatchItem, Spill};
+use crate::schedule::errands::Fetch;
 use crate::schedule::scheduler::{Ask, Scheduler, SchedulerConfig};
 use crate::schedule::sequence::{HeldLoan, SeqId};
 
 /// Commands that may wait for the engine to take them.
 const INBOX: usize = 4096;
+/// How often the control plane hears what the sequences hold.
+const REPORT_EVERY: Duration = Duration::from_millis(250);
 
 /// An engine's limits.
 #[derive(Clone, Copy, Debug)]
@@ -44,11 +49,18 @@ pub struct EngineConfig {
 /// Calls return at once; answers come back as [`Command`]s.
 pub trait Treasury: Send {
     /// Asks for `blocks` rBlocks for a sequence, of any creditors but those in
-    /// `avoid`; answered by [`Command::Granted`] or [`Command::Refused`]. One
+    /// `avoid`, or of `only` one; answered by [`Command::Granted`] or [`Command::Refused`]. One
     /// borrowing of a sequence at a time.
-    fn borrow_blocks(&mut self, seq: SeqId, blocks: usize, avoid: &[InstanceId]);
+    fn borrow_blocks(&mut self, seq: SeqId, blocks: usize, avoid: &[InstanceId], only: Option<InstanceId>);
     /// Gives a loan back.
     fn repay(&mut self, loan: &HeldLoan);
+    /// Gives a loan back but for its first `keep` blocks, of which there is at
+    /// least one.
+    fn shrink(&mut self, creditor: InstanceId, loan: LoanId, keep: usize);
+    /// What the engine's sequences hold, and what those that wait need (rBlocks):
+    /// to plan by. Answered by [`Command::Moves`] where there is anything to
+    /// move.
+    fn report(&mut self, requests: Vec<Held>, queue: Vec<u32>);
     /// The lane to a creditor failed, though the control plane may still hear
     /// of it.
     fn creditor_failed(&mut self, creditor: InstanceId, reason: &str);
@@ -109,6 +121,15 @@ pub enum Command {
         /// rBlocks lent at most, when nothing is.
         cap: usize,
     },
+    /// The loans of a creditor are in force until then, at least.
+    LeaseUntil {
+        /// Whose.
+        creditor: InstanceId,
+        /// When.
+        until: Instant,
+    },
+    /// What should lie elsewhere, in place of what was said before.
+    Moves(Vec<Errand>),
     /// Memory that had been lent from this instance's pool came back.
     MemoryReturned,
     /// Finish nothing more; end.
@@ -186,6 +207,11 @@ pub struct Engine<D: Device> {
     /// Of decode steps.
     fit: Fit,
     doubts: Doubts,
+    /// When the treasury is told next what the sequences hold.
+    report_next: Instant,
+    /// Moves are planned at all.
+    plans: bool,
+    fetches: Vec<Fetch>,
     next_seq: SeqId,
     max_model_len: usize,
     batch: Batch,
@@ -269,6 +295,9 @@ where
             opening: Vec::new(),
             fit: Fit::default(),
             doubts: Doubts::default(),
+            report_next: Instant::now(),
+            plans: config.schedule.move_blocks > 0,
+            fetches: Vec::new(),
             next_seq: 1,
             max_model_len: config.max_model_len,
             batch: Batch::default(),
@@ -289,6 +318,7 @@ where
     fn run(mut self) {
         while !self.stopped {
             self.take_commands();
+            self.report();
             let advanced = self.turn();
             self.publish();
             if !advanced && !self.stopped {
@@ -344,7 +374,7 @@ where
             Command::Refused { seq, reason } => {
                 tracing::debug!(seq, reason, "a loan was refused");
                 match self.doubts.refused(seq) {
-                    Some((blocks, avoid)) => self.treasury.borrow_blocks(seq, blocks, &avoid),
+                    Some((blocks, avoid)) => self.treasury.borrow_blocks(seq, blocks, &avoid, None),
                     None => self.scheduler.refused(seq, &reason),
                 }
             }
@@ -362,8 +392,10 @@ where
             }
             Command::Lendable { free, cap } => {
                 self.shared.reach.store(self.pool.blocks() as usize + cap, Ordering::Relaxed);
-                self.scheduler.set_lendable(free);
+                self.scheduler.set_lendable(free, cap);
             }
+            Command::LeaseUntil { creditor, until } => self.debtor.lease_until(creditor, until),
+            Command::Moves(errands) => self.scheduler.direct(errands),
             Command::MemoryReturned => self.scheduler.memory_changed(),
             Command::Stop => self.stopped = true,
         }
@@ -377,19 +409,23 @@ where
         self.debtor.poll();
         self.settle_losses();
         self.settle_grants();
+        let begun = Instant::now();
+        let landed = self.bring_home();
         self.move_blocks();
         self.scheduler.next_batch(&mut self.batch);
         self.handle_asks();
         if self.batch.is_empty() {
             return false;
         }
-        self.step();
+        self.step(begun, landed);
         self.handle_asks();
         true
     }
 
-    fn step(&mut self) {
-        let begun = Instant::now();
+    /// Computes the batch. The turn began at `begun`; `landed` rBlocks came home
+    /// in it.
+    fn step(&mut self, begun: Instant, landed: usize) {
+        let computing = Instant::now();
         let streaming: Vec<BlockMove> = self.batch.spills.iter().map(block_move).collect();
         let parts: Vec<RemotePart> =
             self.batch.items.iter().flat_map(|item| remote_parts(&self.scheduler, item)).collect();
@@ -419,9 +455,15 @@ where
         self.deliver(vocab);
         // Steps of one kind, so that a key costs the same in all of them.
         let decode = !self.batch.items.is_empty() && self.batch.items.iter().all(|item| item.rows.len() == 1);
-        if decode && self.batch.spills.is_empty() {
+        if decode {
+            let rows = self.batch.items.len() as u32;
             let keys = self.batch.items.iter().map(|item| u64::from(item.position) + 1).sum();
-            self.fit.step(self.batch.items.len() as u32, keys, begun.elapsed().as_nanos() as u64);
+            if self.batch.spills.is_empty() && landed == 0 {
+                self.fit.step(rows, keys, computing.elapsed().as_nanos() as u64);
+            } else if let Some(model) = self.fit.model() {
+                let expected = model.step_ns(f64::from(rows), keys as f64);
+                self.scheduler.moves_took(begun.elapsed().as_nanos() as f64, expected);
+            }
         }
     }
 
@@ -470,14 +512,54 @@ where
         self.debtor.place(self.moves.iter().map(block_move));
     }
 
+    /// Takes rBlocks in that have come home by plan, and asks for more; how many
+    /// came.
+    fn bring_home(&mut self) -> usize {
+        let mut came = 0;
+        for landed in self.debtor.take_landed() {
+            let (ticket, here) = match landed {
+                Landed::Here(ticket) => {
+                    let to = self.scheduler.landing(ticket);
+                    (ticket, self.debtor.land(ticket, to) && to.is_some())
+                }
+                Landed::Refused(ticket) => (ticket, false),
+            };
+            came += usize::from(here);
+            self.scheduler.landed(ticket, here);
+        }
+        let mut fetches = std::mem::take(&mut self.fetches);
+        self.scheduler.next_fetches(|creditor| self.debtor.landing_slots(creditor), &mut fetches);
+        for fetch in &fetches {
+            if !self.debtor.fetch(fetch.ticket, fetch.creditor, fetch.loan, fetch.epoch, fetch.block) {
+                self.scheduler.landed(fetch.ticket, false);
+            }
+        }
+        self.fetches = fetches;
+        came
+    }
+
+    /// Tells what the sequences hold, from time to time, so that moves are
+    /// planned before memory runs out.
+    fn report(&mut self) {
+        let now = Instant::now();
+        if now >= self.report_next && self.plans && self.scheduler.running() > 0 {
+            self.report_next = now + REPORT_EVERY;
+            self.treasury.report(self.scheduler.holdings(), self.scheduler.queue_needs());
+        }
+    }
+
     fn handle_asks(&mut self) {
         for ask in self.scheduler.drain_asks() {
             tracing::debug!(?ask, "the scheduler asks");
             match ask {
-                Ask::Borrow { seq, blocks, apart_from } => {
-                    let avoid = self.doubts.ask(Instant::now(), seq, blocks, apart_from);
-                    self.treasury.borrow_blocks(seq, blocks, &avoid);
+                Ask::Borrow { seq, blocks, apart_from, only: Some(only) } => {
+                    self.treasury.borrow_blocks(seq, blocks, &apart_from, Some(only));
                 }
+                Ask::Borrow { seq, blocks, apart_from, only: None } => {
+                    let avoid = self.doubts.ask(Instant::now(), seq, blocks, apart_from);
+                    self.treasury.borrow_blocks(seq, blocks, &avoid, None);
+                }
+                Ask::Shrink { creditor, loan, keep } => self.treasury.shrink(creditor, loan, keep),
                 Ask::Repay(loan) => self.treasury.repay(&loan),
                 Ask::Fail { seq, message } => self.clients.fail(seq, message),
             }
@@ -531,6 +613,7 @@ where
         stats.cached_tokens = self.scheduler.cached_tokens();
         stats.recoveries = self.scheduler.recoveries();
         stats.recomputed_tokens = self.scheduler.recomputed_tokens();
+        (stats.blocks_sent, stats.blocks_fetched) = self.scheduler.planned_moves();
         stats.unreplicated_blocks = self.scheduler.unreplicated();
         stats.perf = self.fit.model();
         stats.blocks_cached = self.prefix.lock().unwrap_or_else(PoisonError::into_inner).len();

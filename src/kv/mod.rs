@@ -3,6 +3,7 @@
 
 pub mod block_table;
 pub mod entry;
+pub mod moves;
 pub mod pool;
 pub mod prefix;
 pub mod rblock;

@@ -12,6 +12,7 @@ use super::datagrams::Datagrams;
 use crate::control::controller::{Controller, Input, Loan, LocalStats, Note, Output};
 use crate::control::view::LedgerView;
 use crate::engine::{Command, GrantedLoan, Treasury};
+use crate::kv::moves::Held;
 use crate::kv::rblock::{InstanceId, KvShape, LoanId};
 use crate::schedule::sequence::{HeldLoan, SeqId};
 
@@ -24,10 +25,20 @@ pub(super) enum NodeCommand {
         seq: SeqId,
         blocks: usize,
         avoid: Vec<InstanceId>,
+        only: Option<InstanceId>,
     },
     Repay {
         creditor: InstanceId,
         loan: LoanId,
+    },
+    Shrink {
+        creditor: InstanceId,
+        loan: LoanId,
+        keep: u32,
+    },
+    Plan {
+        requests: Vec<Held>,
+        queue: Vec<u32>,
     },
     CreditorFailed {
         creditor: InstanceId,
@@ -56,12 +67,20 @@ impl NodeLink {
 }
 
 impl Treasury for NodeLink {
-    fn borrow_blocks(&mut self, seq: SeqId, blocks: usize, avoid: &[InstanceId]) {
-        self.tell(NodeCommand::Borrow { seq, blocks, avoid: avoid.to_vec() });
+    fn borrow_blocks(&mut self, seq: SeqId, blocks: usize, avoid: &[InstanceId], only: Option<InstanceId>) {
+        self.tell(NodeCommand::Borrow { seq, blocks, avoid: avoid.to_vec(), only });
     }
 
     fn repay(&mut self, loan: &HeldLoan) {
         self.tell(NodeCommand::Repay { creditor: loan.creditor, loan: loan.loan });
+    }
+
+    fn shrink(&mut self, creditor: InstanceId, loan: LoanId, keep: usize) {
+        self.tell(NodeCommand::Shrink { creditor, loan, keep: keep as u32 });
+    }
+
+    fn report(&mut self, requests: Vec<Held>, queue: Vec<u32>) {
+        self.tell(NodeCommand::Plan { requests, queue });
     }
 
     fn creditor_failed(&mut self, creditor: InstanceId, reason: &str) {
@@ -113,7 +132,7 @@ impl ControlLoop {
     /// Runs until told to leave.
     pub(super) fn run(mut self) {
         let start = Instant::now();
-        let mut state = State::default();
+        let mut state = State::new(start);
         let mut published = Duration::ZERO;
         self.feed(start.elapsed(), &mut state, Input::Tick);
         while !state.left {
@@ -146,10 +165,14 @@ impl ControlLoop {
         while let Ok(command) = self.inbox.try_recv() {
             let now = start.elapsed();
             match command {
-                NodeCommand::Borrow { seq, blocks, avoid } => {
+                NodeCommand::Borrow { seq, blocks, avoid, only } => {
                     let (request, blocks) = (seq, blocks as u32);
-                    self.feed(now, state, Input::Borrow { request, blocks, avoid: &avoid });
+                    self.feed(now, state, Input::Borrow { request, blocks, avoid: &avoid, only });
                 }
+                NodeCommand::Shrink { creditor, loan, keep } => {
+                    self.feed(now, state, Input::ShrinkLoan { creditor, loan, keep });
+                }
+                NodeCommand::Plan { requests, queue } => self.feed(now, state, Input::Plan { requests, queue }),
                 NodeCommand::Repay { creditor, loan } => self.feed(now, state, Input::RepayLoan { creditor, loan }),
                 NodeCommand::CreditorFailed { creditor, reason } => {
                     tracing::warn!(%creditor, reason, "the lane to a creditor failed");
@@ -244,6 +267,15 @@ impl ControlLoop {
                 state.retell = Some(now + RETELL);
                 self.tell_engine(Command::Refused { seq: request, reason: reason.to_string() });
             }
+            Output::LeaseUntil { creditor, until } => {
+                self.tell_engine(Command::LeaseUntil { creditor, until: state.start + until });
+            }
+            Output::Moves(moves) => {
+                for planned in &moves {
+                    tracing::debug!(?planned, "a move is planned");
+                }
+                self.tell_engine(Command::Moves(moves.iter().map(Into::into).collect()));
+            }
             Output::LoansLost { loans } => {
                 let loans = loans.iter().map(|l| (l.creditor, l.loan)).collect();
                 self.tell_engine(Command::LoansLost { loans });
@@ -302,8 +334,9 @@ impl ControlLoop {
     }
 }
 
-#[derive(Default)]
 struct State {
+    /// The controller's time began then.
+    start: Instant,
     creditors: BTreeMap<InstanceId, Creditor>,
     dialing: BTreeMap<u64, String>,
     events: Vec<Happened>,
@@ -313,6 +346,22 @@ struct State {
     lent: u32,
     drained: bool,
     left: bool,
+}
+
+impl State {
+    fn new(start: Instant) -> Self {
+        Self {
+            start,
+            creditors: BTreeMap::new(),
+            dialing: BTreeMap::new(),
+            events: Vec::new(),
+            lendable: (0, 0),
+            retell: None,
+            lent: 0,
+            drained: false,
+            left: false,
+        }
+    }
 }
 
 enum Happened {

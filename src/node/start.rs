@@ -321,12 +321,22 @@ impl Node {
         &self.describe
     }
 
-    /// Takes no new requests or loans from now on; what runs goes on.
+    /// Takes no new requests or loans from now on; what runs goes on, and debtors
+    /// move what lies here elsewhere.
     pub fn drain(&self) {
-        if let Some(engine) = &self.engine {
-            engine.draining.store(true, Ordering::Release);
+        self.drainer()();
+    }
+
+    /// [`drain`](Self::drain), to be called from anywhere.
+    pub fn drainer(&self) -> impl Fn() + Send + 'static + use<> {
+        let engine = self.engine.as_ref().map(|engine| engine.draining.clone());
+        let link = self.link.clone();
+        move || {
+            if let Some(draining) = &engine {
+                draining.store(true, Ordering::Release);
+            }
+            link.tell(NodeCommand::Drain);
         }
-        self.link.tell(NodeCommand::Drain);
     }
 
     /// Ends the node: the engine first (requests that still run fail), then it

@@ -27,6 +27,9 @@ impl Scheduler {
         if self.admitted[index].copy_asked.is_some() {
             return self.copied(index, Vec::new());
         }
+        if self.admitted[index].planned {
+            return self.plan_refused(index);
+        }
         let alone = self.admitted.len() == 1;
         let available = self.obtainable().saturating_sub(self.promised());
         let pool_blocks = self.pool.blocks() as usize;
@@ -41,15 +44,6 @@ impl Scheduler {
             }
             // Not asked again until creditors are heard of anew.
             self.lendable = 0;
-            let next = s.next();
-            if alone && available == 0 && s.table.absent(next.start..next.start + 1) > 0 {
-                if s.gaps.is_empty() {
-                    let message = format!("out of KV memory at {} tokens: {reason}", s.computed);
-                    self.fail(seq, message);
-                } else {
-                    self.begin_anew(index);
-                }
-            }
             return;
         }
         // The first ask left a share of the pool to others. If nobody has that
@@ -66,13 +60,15 @@ impl Scheduler {
             self.asks.push(ask);
         } else if s.short {
             self.wait_or_begin_anew(index);
-        } else if alone {
+        } else if alone && need > self.reach() {
             let message = format!(
                 "the prompt needs {need} rBlocks of KV memory; this node has {pool_blocks}, and borrowing failed: {reason}"
             );
             self.fail(seq, message);
         } else {
             self.put_back(index);
+            // Others use what it needs. It is tried again when they are heard of.
+            (self.blocked, self.refused_alone) = (true, true);
         }
     }
 
@@ -85,11 +81,11 @@ impl Scheduler {
                 s.copy_asked = Some((loan.creditor, loan.loan));
                 s.borrowing = true;
                 let (blocks, apart_from) = (loan.blocks.len(), vec![loan.creditor]);
-                self.asks.push(Ask::Borrow { seq: s.id, blocks, apart_from });
+                self.asks.push(Ask::Borrow { seq: s.id, blocks, apart_from, only: None });
             }
             _ => {
                 s.loans.append(&mut s.copying);
-                s.borrowing = false;
+                (s.borrowing, s.planned) = (false, false);
                 s.phase = Phase::Running;
             }
         }
@@ -123,7 +119,7 @@ impl Sequence {
     /// Asks for `blocks` blocks, from anybody.
     pub(super) fn ask(&mut self, blocks: usize) -> Ask {
         (self.borrowing, self.asked) = (true, blocks);
-        Ask::Borrow { seq: self.id, blocks, apart_from: Vec::new() }
+        Ask::Borrow { seq: self.id, blocks, apart_from: Vec::new(), only: None }
     }
 
     /// Local blocks that it was promised and has not taken.

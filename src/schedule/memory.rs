@@ -66,6 +66,7 @@ impl Scheduler {
     }
 
     pub(super) fn free_blocks(&mut self, seq: &mut Sequence) {
+        self.drop_fetches(|fetch| fetch.seq == seq.id);
         for placement in seq.table.drain() {
             if let Placement::Local(block) = placement {
                 let released = self.pool.table().release(block);

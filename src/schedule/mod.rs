@@ -5,8 +5,10 @@
 
 pub mod batch;
 mod borrowing;
+pub mod errands;
 pub mod gaps;
 mod memory;
+pub mod pace;
 mod recovery;
 #[cfg(test)]
 mod recovery_tests;

@@ -25,6 +25,7 @@ impl Scheduler {
     /// The loans are repaid, in case the creditor is alive and only out of
     /// reach. Returns the sequences that had such loans; each goes on.
     pub fn lose(&mut self, creditor: InstanceId, loan: Option<LoanId>) -> Vec<SeqId> {
+        self.drop_fetches(|fetch| fetch.creditor == creditor && loan.is_none_or(|loan| fetch.loan == loan));
         let mut hit = Vec::new();
         for s in &mut self.admitted {
             let asks = self.asks.len();
@@ -118,9 +119,9 @@ impl Scheduler {
     /// already.
     pub(super) fn reset(&self, s: &mut Sequence) {
         s.phase = Phase::Waiting;
-        s.computed = 0;
+        (s.computed, s.stuck) = (0, 0);
         s.gaps.clear();
-        s.borrowing = false;
+        (s.borrowing, s.planned) = (false, false);
         s.short = false;
         s.copy_asked = None;
         s.step = 0..0;

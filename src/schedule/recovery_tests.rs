@@ -9,8 +9,10 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::batch::{Batch, Spill};
+use super::errands::Fetch;
 use super::scheduler::{Ask, Scheduler, SchedulerConfig};
 use super::sequence::{HeldLoan, SeqId};
+use crate::kv::moves::Errand;
 use crate::kv::pool::KvPool;
 use crate::kv::prefix::PrefixCache;
 use crate::kv::rblock::{BlockIndex, InstanceId, KvDtype, KvShape, LoanId};
@@ -65,6 +67,9 @@ struct World {
     next: u32,
     /// Asks that wait for their answer.
     asked: Vec<Ask>,
+    fetching: Vec<Fetch>,
+    /// How often a plan is made.
+    planned: f64,
     slow: bool,
     failed: BTreeMap<SeqId, String>,
     done: BTreeSet<SeqId>,
@@ -79,8 +84,14 @@ impl World {
         let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 2, block_tokens: 16, dtype: KvDtype::F32 };
         let pool = Arc::new(KvPool::new(shape, blocks).unwrap());
         let prefix = Arc::new(Mutex::new(PrefixCache::new(b"test", SIZE)));
-        let config =
-            SchedulerConfig { max_rows: CHUNK + 8, chunk_rows: CHUNK, max_logits: 8, max_sequences: 8, replicas };
+        let config = SchedulerConfig {
+            max_rows: CHUNK + 8,
+            chunk_rows: CHUNK,
+            max_logits: 8,
+            max_sequences: 8,
+            replicas,
+            move_blocks: 4,
+        };
         let mut world = Self {
             scheduler: Scheduler::new(config, pool.clone(), prefix.clone()),
             pool,
@@ -92,6 +103,8 @@ impl World {
             loans: BTreeMap::new(),
             next: 0,
             asked: Vec::new(),
+            fetching: Vec::new(),
+            planned: 0.0,
             slow: false,
             failed: BTreeMap::new(),
             done: BTreeSet::new(),
@@ -104,7 +117,9 @@ impl World {
     }
 
     fn tell(&mut self) {
-        self.scheduler.set_lendable(self.lenders.values().sum());
+        let lendable: usize = self.lenders.values().sum();
+        let lent: usize = self.loans.values().filter(|l| l.alive).map(|l| l.bytes.len()).sum();
+        self.scheduler.set_lendable(lendable, lendable + lent);
     }
 
     fn add(&mut self, id: SeqId, prompt: Vec<u32>, generate: usize) {
@@ -131,6 +146,7 @@ impl World {
                         *self.lenders.get_mut(&held.creditor).unwrap() += loan.bytes.len();
                     }
                 }
+                Ask::Shrink { creditor, loan, keep } => self.shrink(creditor, loan, keep),
                 Ask::Fail { seq, message } => {
                     self.failed.insert(seq, message);
                 }
@@ -141,8 +157,8 @@ impl World {
                 self.asked.push(ask);
                 continue;
             }
-            let Ask::Borrow { seq, blocks, apart_from } = ask else { unreachable!() };
-            match self.lend(seq, blocks, &apart_from) {
+            let Ask::Borrow { seq, blocks, apart_from, only } = ask else { unreachable!() };
+            match self.lend(seq, blocks, &apart_from, only) {
                 Some(loans) => self.scheduler.granted(seq, loans),
                 None => self.scheduler.refused(seq, "nobody has that much"),
             }
@@ -153,9 +169,16 @@ impl World {
     }
 
     /// From the freest first, from several where one has not that much.
-    fn lend(&mut self, seq: SeqId, blocks: usize, apart_from: &[InstanceId]) -> Option<Vec<HeldLoan>> {
+    fn lend(
+        &mut self,
+        seq: SeqId,
+        blocks: usize,
+        apart_from: &[InstanceId],
+        only: Option<InstanceId>,
+    ) -> Option<Vec<HeldLoan>> {
+        let suits = |l: &InstanceId| !apart_from.contains(l) && only.is_none_or(|only| *l == only);
         let mut lenders: Vec<_> =
-            self.lenders.iter().filter(|(l, n)| **n > 0 && !apart_from.contains(l)).map(|(l, n)| (*n, *l)).collect();
+            self.lenders.iter().filter(|(l, n)| **n > 0 && suits(l)).map(|(l, n)| (*n, *l)).collect();
         lenders.sort_unstable();
         if lenders.iter().map(|(n, _)| n).sum::<usize>() < blocks {
             return None;
@@ -174,6 +197,62 @@ impl World {
             loans.push(HeldLoan::new(lender, loan, 1, blocks));
         }
         Some(loans)
+    }
+
+    /// The debtor needs only a loan's first blocks.
+    fn shrink(&mut self, creditor: InstanceId, loan: LoanId, keep: usize) {
+        let lent = self.loans.get_mut(&(creditor, loan)).unwrap();
+        let gone: Vec<_> = lent.bytes.keys().copied().skip(keep).collect();
+        assert!(keep > 0 && !lent.repaid);
+        lent.placed.retain(|(block, _)| !gone.contains(block));
+        lent.bytes.retain(|block, _| !gone.contains(block));
+        if lent.alive {
+            *self.lenders.get_mut(&creditor).unwrap() += gone.len();
+        }
+    }
+
+    /// Plans at random: to creditors, home, from one to another.
+    fn direct_at_random(&mut self) {
+        if !self.rng.random_bool(self.planned) {
+            return;
+        }
+        let places: Vec<_> = self.lenders.keys().copied().map(Some).chain([None]).collect();
+        let mut errands = Vec::new();
+        for held in self.scheduler.holdings() {
+            let from: Vec<_> = held.remote.keys().copied().map(Some).chain([None]).collect();
+            let from = from[self.rng.random_range(0..from.len())];
+            let to = places[self.rng.random_range(0..places.len())];
+            errands.push(Errand { request: held.request, blocks: self.rng.random_range(1..8), from, to });
+        }
+        self.scheduler.direct(errands);
+    }
+
+    /// rBlocks come home, in the order asked for of each creditor; those of lost
+    /// loans are refused, if anybody is there to refuse.
+    fn bring_home(&mut self) {
+        let mut waiting = Vec::new();
+        for fetch in std::mem::take(&mut self.fetching) {
+            let behind = waiting.iter().any(|w: &Fetch| w.creditor == fetch.creditor);
+            if self.slow && (behind || self.rng.random_bool(0.5)) {
+                waiting.push(fetch);
+                continue;
+            }
+            let lent = &self.loans[&(fetch.creditor, fetch.loan)];
+            let here = lent.alive && lent.bytes.contains_key(&fetch.block);
+            if here && let Some(local) = self.scheduler.landing(fetch.ticket) {
+                self.local[local as usize] = lent.bytes[&fetch.block];
+            }
+            if here || self.lenders.contains_key(&fetch.creditor) {
+                self.scheduler.landed(fetch.ticket, here);
+            }
+        }
+        self.fetching = waiting;
+        let mut fetches = Vec::new();
+        let under_way = &self.fetching;
+        let slots = |creditor| 4 - under_way.iter().filter(|f| f.creditor == creditor).count();
+        self.scheduler.next_fetches(slots, &mut fetches);
+        self.fetching.extend(fetches);
+        self.answer();
     }
 
     fn write(&mut self, spill: &Spill) {
@@ -246,6 +325,8 @@ impl World {
     fn step(&mut self, rate: f64) {
         self.steps += 1;
         self.lose_at_random(rate);
+        self.direct_at_random();
+        self.bring_home();
         let mut moves = Vec::new();
         self.scheduler.plan_moves(&mut moves);
         moves.iter().for_each(|m| self.write(m));
@@ -492,12 +573,13 @@ fn without_a_second_creditor_blocks_are_used_uncopied() {
 }
 
 /// Random requests, losses at random moments of a turn, little memory.
-fn one_seed(seed: u64) -> (u64, u64) {
+fn one_seed(seed: u64) -> (u64, u64, (u64, u64)) {
     let mut chance = ChaCha8Rng::seed_from_u64(seed ^ 0x5eed);
     let blocks = chance.random_range(12..60);
     let lenders: Vec<usize> = (0..chance.random_range(1..5)).map(|_| chance.random_range(4..40)).collect();
     let mut world = World::new(seed, blocks, &lenders, 1 + usize::from(seed.is_multiple_of(3)));
     world.slow = chance.random_bool(0.5);
+    world.planned = [0.0, 0.1, 0.5][(seed % 3) as usize];
     let rate = [0.0, 0.02, 0.1, 0.3][chance.random_range(0..4)];
     let count = chance.random_range(1..9);
     let mut whole = BTreeMap::new();
@@ -519,20 +601,22 @@ fn one_seed(seed: u64) -> (u64, u64) {
     for (id, message) in &world.failed {
         assert!(whole[id] > blocks as usize, "request {id} of {} rBlocks: {message}", whole[id]);
     }
-    (world.scheduler.recoveries(), world.scheduler.recomputed_tokens())
+    (world.scheduler.recoveries(), world.scheduler.recomputed_tokens(), world.scheduler.planned_moves())
 }
 
 #[test]
 fn random_losses_leave_every_token_where_it_is_looked_for() {
     let seeds = std::env::var("DISTKV_SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(500);
-    let (mut recoveries, mut recomputed) = (0, 0);
+    let (mut recoveries, mut recomputed, mut sent, mut home) = (0, 0, 0, 0);
     let first = std::env::var("DISTKV_SEED").ok().and_then(|s| s.parse().ok());
     for seed in first.map_or(0..seeds, |seed: u64| seed..seed + 1) {
         let outcome = std::panic::catch_unwind(|| one_seed(seed));
-        let (a, b) = outcome.unwrap_or_else(|_| panic!("seed {seed} failed"));
-        (recoveries, recomputed) = (recoveries + a, recomputed + b);
+        let (a, b, (c, d)) = outcome.unwrap_or_else(|_| panic!("seed {seed} failed"));
+        (recoveries, recomputed, sent, home) = (recoveries + a, recomputed + b, sent + c, home + d);
     }
     println!("{seeds} seeds: {recoveries} recoveries, {recomputed} tokens computed again");
+    println!("planned moves: {sent} rBlocks to creditors, {home} home");
+    assert!(first.is_some() || (sent > seeds && home > seeds));
     assert!(first.is_some() || recoveries > seeds / 4);
 }
 

@@ -22,14 +22,19 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::batch::{Batch, BatchItem};
+use super::errands::Errands;
 use super::gaps::Gaps;
 use super::memory::MIN_LOCAL_BLOCKS;
 use super::sequence::{HeldLoan, Phase, SeqId, Sequence};
 use crate::kv::block_table::{BlockTable, Placement};
 use crate::kv::pool::KvPool;
 use crate::kv::prefix::PrefixCache;
-use crate::kv::rblock::InstanceId;
+use crate::kv::rblock::{InstanceId, LoanId};
 use crate::kv::step::{AttnSeq, RowSlot};
+
+/// Turns for which a sequence that is alone waits for memory of others before it
+/// gives up what it holds.
+const PATIENCE: u32 = 200;
 
 /// Limits of a scheduler.
 #[derive(Clone, Copy, Debug)]
@@ -45,6 +50,8 @@ pub struct SchedulerConfig {
     /// Creditors that each lent block is written to: 1, or 2 so that one may be
     /// lost without anything being computed again.
     pub replicas: usize,
+    /// Most rBlocks that planned moves take in one step; 0 for no such moves.
+    pub move_blocks: usize,
 }
 
 /// What the scheduler wants of the world outside.
@@ -59,6 +66,17 @@ pub enum Ask {
         blocks: usize,
         /// Not from these.
         apart_from: Vec<InstanceId>,
+        /// From this one alone, where one is named.
+        only: Option<InstanceId>,
+    },
+    /// Of a loan only its first `keep` blocks are needed still.
+    Shrink {
+        /// Whose.
+        creditor: InstanceId,
+        /// Which.
+        loan: LoanId,
+        /// How many, at least 1.
+        keep: usize,
     },
     /// A loan is not needed any more.
     Repay(HeldLoan),
@@ -80,10 +98,16 @@ pub struct Scheduler {
     /// Admitted, in order of admission; phases `Borrowing` and `Running`.
     pub(super) admitted: Vec<Sequence>,
     pub(super) asks: Vec<Ask>,
+    pub(super) errands: Errands,
     /// rBlocks that creditors may have for us; 0 stops us from asking.
     pub(super) lendable: usize,
     /// What we were told of that last.
     reported: usize,
+    /// rBlocks that creditors lend at most.
+    lend_cap: usize,
+    /// What was alone here was refused what the cluster could hold: it is tried
+    /// again with the next news.
+    pub(super) refused_alone: bool,
     /// Admission failed for want of memory; not tried again until some is
     /// released or lent.
     pub(super) blocked: bool,
@@ -114,8 +138,11 @@ impl Scheduler {
             waiting: VecDeque::new(),
             admitted: Vec::new(),
             asks: Vec::new(),
+            errands: Errands::new(config.move_blocks),
             lendable: 0,
             reported: 0,
+            lend_cap: 0,
+            refused_alone: false,
             blocked: false,
             preemptions: 0,
             recoveries: 0,
@@ -140,7 +167,9 @@ impl Scheduler {
             phase: Phase::Waiting,
             loans: Vec::new(),
             borrowing: false,
+            stuck: 0,
             asked: 0,
+            planned: false,
             local_goal: 0,
             cached_tokens: 0,
             short: false,
@@ -232,12 +261,19 @@ impl Scheduler {
         self.asks.drain(..)
     }
 
-    /// Tells how many rBlocks creditors have free, by our latest knowledge.
-    pub fn set_lendable(&mut self, blocks: usize) {
-        if blocks > self.reported {
+    /// Tells how many rBlocks creditors have free, by our latest knowledge, and
+    /// how many they lend at most.
+    pub fn set_lendable(&mut self, blocks: usize, cap: usize) {
+        if blocks > self.reported || cap != self.lend_cap || std::mem::take(&mut self.refused_alone) {
             self.blocked = false;
         }
-        (self.lendable, self.reported) = (blocks, blocks);
+        (self.lendable, self.reported, self.lend_cap) = (blocks, blocks, cap);
+    }
+
+    /// rBlocks that this instance and its creditors have at most, whoever uses
+    /// them now: what needs more can never run.
+    pub(super) fn reach(&self) -> usize {
+        self.pool.blocks() as usize + self.lend_cap
     }
 
     /// Memory may have come free by other hands (a loan repaid to us).
@@ -291,9 +327,10 @@ impl Scheduler {
                     self.waiting.push_front(s);
                     continue;
                 }
-                if alone && self.lendable == 0 && self.pool.table().counts().lent == 0 {
+                if alone && need > self.reach() {
                     let message = format!(
-                        "the prompt needs {need} rBlocks of KV memory; this node has {pool_blocks} and nobody lends"
+                        "the prompt needs {need} rBlocks of KV memory; this node has {pool_blocks}, others lend at most {}",
+                        self.lend_cap
                     );
                     self.asks.push(Ask::Fail { seq: s.id, message });
                     continue;
@@ -321,29 +358,45 @@ impl Scheduler {
             self.fill(batch);
             let stuck = batch.is_empty() && self.admitted.iter().any(|s| s.phase == Phase::Running);
             if !stuck || self.admitted.iter().any(|s| s.borrowing) {
+                self.send_planned(batch);
                 return;
             }
-            self.preempt();
+            if !self.preempt() {
+                return;
+            }
         }
     }
 
-    fn preempt(&mut self) {
-        let Some(index) = self.admitted.iter().rposition(|s| s.phase == Phase::Running) else { return };
-        let s = &self.admitted[index];
-        if self.admitted.len() > 1 {
+    /// Nothing that is admitted has room for its next token. False: it waits.
+    fn preempt(&mut self) -> bool {
+        let Some(index) = self.admitted.iter().rposition(|s| s.phase == Phase::Running) else { return false };
+        let alone = self.admitted.len() == 1;
+        let reach = self.reach();
+        let s = &mut self.admitted[index];
+        let need = self.pool.shape().blocks_for(s.computed + 1);
+        if !alone {
             tracing::info!(seq = s.id, tokens = s.computed, "preempted for want of KV memory");
             self.put_back(index);
             self.preemptions += 1;
-        } else if !s.gaps.is_empty() {
-            self.begin_anew(index);
-        } else {
+        } else if need > reach && s.gaps.is_empty() {
             let message = format!(
-                "out of KV memory at {} tokens: this node has {} rBlocks and nobody lends more",
+                "out of KV memory at {} tokens: this node has {} rBlocks and others lend at most {}",
                 s.computed,
-                self.pool.blocks()
+                self.pool.blocks(),
+                self.lend_cap
             );
-            self.fail(s.id, message);
+            let seq = s.id;
+            self.fail(seq, message);
+        } else if s.stuck < PATIENCE && s.gaps.is_empty() {
+            // Others use what it needs, and will be done.
+            s.stuck += 1;
+            return false;
+        } else {
+            // They may be waiting for what it holds.
+            self.begin_anew(index);
+            (self.blocked, self.refused_alone) = (true, true);
         }
+        true
     }
 
     fn fill(&mut self, batch: &mut Batch) {
@@ -448,7 +501,7 @@ impl Scheduler {
                 s.gaps.fill(end - start);
                 self.recomputed_tokens += (end - start) as u64;
             } else {
-                s.computed = end;
+                (s.computed, s.stuck) = (end, 0);
                 self.recomputed_tokens += s.redo.min(end).saturating_sub(start) as u64;
             }
             true

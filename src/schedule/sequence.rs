@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::batch::Spill;
 use super::gaps::Gaps;
+use super::scheduler::Ask;
 use crate::kv::block_table::{BlockTable, Placement};
 use crate::kv::entry::BlockRef;
 use crate::kv::prefix::BlockHash;
@@ -65,6 +66,26 @@ impl HeldLoan {
         Some((copy.creditor, copy.loan, copy.blocks[k - copy.first]))
     }
 
+    /// Keeps only the first `keep` blocks, and of its copies what they are copies
+    /// of; asks for the creditors to be told.
+    pub(super) fn truncate(&mut self, keep: usize, asks: &mut Vec<Ask>) {
+        let Self { creditor, loan, .. } = *self;
+        self.blocks.truncate(keep);
+        asks.push(Ask::Shrink { creditor, loan, keep });
+        for mut copy in std::mem::take(&mut self.copies) {
+            let keep = keep.saturating_sub(copy.first).min(copy.blocks.len());
+            if keep == 0 {
+                asks.push(Ask::Repay(copy.promoted(0)));
+                continue;
+            }
+            if keep < copy.blocks.len() {
+                copy.blocks.truncate(keep);
+                asks.push(Ask::Shrink { creditor: copy.creditor, loan: copy.loan, keep });
+            }
+            self.copies.push(copy);
+        }
+    }
+
     /// Placed blocks that lie here only.
     pub fn uncopied(&self) -> usize {
         let copied = |c: &LoanCopy| self.placed.saturating_sub(c.first).min(c.blocks.len());
@@ -118,8 +139,12 @@ pub struct Sequence {
     pub loans: Vec<HeldLoan>,
     /// A further loan has been asked for.
     pub borrowing: bool,
+    /// Turns in which it could not go on for want of memory, since it last did.
+    pub(super) stuck: u32,
     /// How many blocks that was for.
     pub asked: usize,
+    /// It was asked for by plan, not for want of memory.
+    pub(super) planned: bool,
     /// Blocks it means to hold here once all its tokens are computed.
     pub local_goal: usize,
     /// Prompt tokens found in the prefix cache.
@@ -168,8 +193,19 @@ impl Sequence {
     /// Promises the next granted block to the sequence's block `index`, which
     /// is `local`; the rBlock's ways out, to the loan and to its copy.
     pub(super) fn spill(&mut self, index: usize, local: BlockRef) -> Option<[Option<Spill>; 2]> {
+        self.spill_to(None, index, local)
+    }
+
+    /// As [`spill`](Self::spill), to a certain creditor where one is named.
+    pub(super) fn spill_to(
+        &mut self,
+        creditor: Option<InstanceId>,
+        index: usize,
+        local: BlockRef,
+    ) -> Option<[Option<Spill>; 2]> {
         let tokens = self.table.block_tokens();
-        let loan = self.loans.iter_mut().find(|l| l.assigned < l.blocks.len())?;
+        let suits = |l: &&mut HeldLoan| creditor.is_none_or(|creditor| l.creditor == creditor);
+        let loan = self.loans.iter_mut().filter(|l| suits(l)).find(|l| l.assigned < l.blocks.len())?;
         let k = loan.assigned;
         loan.assigned += 1;
         let spill = |(creditor, loan, block), copy| Spill {

@@ -31,10 +31,16 @@ impl World {
         let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 2, block_tokens: 16, dtype: KvDtype::F32 };
         let pool = Arc::new(KvPool::new(shape, blocks).unwrap());
         let prefix = Arc::new(Mutex::new(PrefixCache::new(b"test", 16)));
-        let config =
-            SchedulerConfig { max_rows: CHUNK + 8, chunk_rows: CHUNK, max_logits: 8, max_sequences: 8, replicas: 1 };
+        let config = SchedulerConfig {
+            max_rows: CHUNK + 8,
+            chunk_rows: CHUNK,
+            max_logits: 8,
+            max_sequences: 8,
+            replicas: 1,
+            move_blocks: 4,
+        };
         let mut scheduler = Scheduler::new(config, pool.clone(), prefix.clone());
-        scheduler.set_lendable(lendable);
+        scheduler.set_lendable(lendable, lendable);
         let batch = Batch::default();
         Self {
             scheduler,
@@ -107,6 +113,7 @@ impl World {
                 }
                 Ask::Borrow { seq, .. } => self.scheduler.refused(seq, "nobody has that much"),
                 Ask::Repay(held) => self.lendable += self.loans.insert(held.loan, 0).unwrap(),
+                Ask::Shrink { .. } => unreachable!("nothing was planned"),
                 Ask::Fail { seq, message } => {
                     self.failed.insert(seq, message);
                 }

@@ -195,6 +195,8 @@ impl Collector for EngineCollector {
         counter("num_preemptions", "Requests preempted", s.preemptions)?;
         counter("kv_recoveries", "Requests that lost KV with a creditor and went on", s.recoveries)?;
         counter("kv_recomputed_tokens", "Tokens computed again because their KV was lost", s.recomputed_tokens)?;
+        counter("kv_moved_out_blocks", "rBlocks that planned moves took to creditors", s.blocks_sent)?;
+        counter("kv_moved_home_blocks", "rBlocks that planned moves brought home", s.blocks_fetched)?;
         counter("partials_rejected", "Partial results dropped: late, foreign or malformed", s.partials_rejected)?;
         let kind = ConstGauge::new(0u64).metric_type();
         let mut family = encoder.encode_descriptor("rblocks", "rBlocks, by what they are used for", None, kind)?;
@@ -229,6 +231,8 @@ mod tests {
             cached_tokens: 10,
             recoveries: 2,
             recomputed_tokens: 48,
+            blocks_sent: 7,
+            blocks_fetched: 5,
             ..Default::default()
         };
         let metrics = Metrics::new(Arc::new(move || stats.clone()));
@@ -256,6 +260,8 @@ mod tests {
             "partials_rejected_total 0",
             "kv_recoveries_total 2",
             "kv_recomputed_tokens_total 48",
+            "kv_moved_out_blocks_total 7",
+            "kv_moved_home_blocks_total 5",
             "rblocks{state=\"live\"} 3",
             "rblocks{state=\"lent\"} 2",
             "extra_total 0",

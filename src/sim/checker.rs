@@ -47,6 +47,7 @@ pub fn instance(it: &Instance) -> Result<(), String> {
             return Err(format!("sequence {} has {remote} blocks with creditors, {placed} placed", sequence.id));
         }
     }
+    held.extend(it.scheduler.fetches().iter().map(|fetch| fetch.local.index));
     let cached = it.prefix.lock().unwrap_or_else(PoisonError::into_inner).len();
     let most = held.len() + cached;
     if (counts.held as usize) < held.len().max(cached) || counts.held as usize > most {

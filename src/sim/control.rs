@@ -10,6 +10,7 @@ use crate::control::controller::{Config, Controller, Input, LocalStats, Output};
 use crate::control::message::Role;
 use crate::control::rmanager::RManager;
 use crate::control::row::Profile;
+use crate::kv::moves::{Errand, Held};
 use crate::kv::rblock::{InstanceId, KvShape, LoanId};
 use crate::schedule::sequence::HeldLoan;
 
@@ -65,8 +66,10 @@ pub enum News {
     LoansLost(Vec<(InstanceId, LoanId)>),
     /// A creditor is gone.
     CreditorLost(InstanceId),
-    /// Members may have this many rBlocks for us.
-    Lendable(usize),
+    /// Members may have this many rBlocks for us now, and at most.
+    Lendable(usize, usize),
+    /// What should lie elsewhere.
+    Moves(Vec<Errand>),
     /// Lent memory came back.
     MemoryReturned,
 }
@@ -93,7 +96,7 @@ pub struct Control {
     asks: BTreeMap<u64, String>,
     next_ask: u64,
     creditors: BTreeMap<InstanceId, Slot>,
-    lendable: usize,
+    lendable: (usize, usize),
     lent: u32,
     calls: Vec<Call>,
     news: Vec<News>,
@@ -142,7 +145,7 @@ impl Control {
             asks: BTreeMap::new(),
             next_ask: 0,
             creditors: BTreeMap::new(),
-            lendable: 0,
+            lendable: (0, 0),
             lent: 0,
             calls: Vec::new(),
             news: Vec::new(),
@@ -200,8 +203,18 @@ impl Control {
     }
 
     /// The engine needs blocks elsewhere.
-    pub fn borrow(&mut self, now: Duration, request: u64, blocks: u32, avoid: &[InstanceId]) {
-        self.feed(now, Input::Borrow { request, blocks, avoid });
+    pub fn borrow(&mut self, now: Duration, request: u64, blocks: u32, avoid: &[InstanceId], only: Option<InstanceId>) {
+        self.feed(now, Input::Borrow { request, blocks, avoid, only });
+    }
+
+    /// Of a loan it needs only the first `keep` blocks.
+    pub fn shrink(&mut self, now: Duration, creditor: InstanceId, loan: LoanId, keep: usize) {
+        self.feed(now, Input::ShrinkLoan { creditor, loan, keep: keep as u32 });
+    }
+
+    /// What the engine's sequences hold and wait for: to plan by.
+    pub fn plan(&mut self, now: Duration, requests: Vec<Held>, queue: Vec<u32>) {
+        self.feed(now, Input::Plan { requests, queue });
     }
 
     /// The engine gives a loan back.
@@ -227,9 +240,10 @@ impl Control {
     /// What members can lend, as far as known.
     fn look(&mut self) {
         let lendable = self.controller.creditors().map(|row| row.lendable(&self.shape) as usize).sum();
-        if lendable != self.lendable {
-            self.lendable = lendable;
-            self.news.push(News::Lendable(lendable));
+        let cap = self.controller.creditors().map(|row| row.lend_cap() as usize).sum();
+        if (lendable, cap) != self.lendable {
+            self.lendable = (lendable, cap);
+            self.news.push(News::Lendable(lendable, cap));
         }
     }
 
@@ -259,9 +273,10 @@ impl Control {
             Output::Refused { request, reason } => {
                 // The scheduler asks no more until it hears of creditors anew:
                 // so it is told at the next tick, changed or not.
-                self.lendable = usize::MAX;
+                self.lendable = (usize::MAX, 0);
                 self.news.push(News::Refused { request, reason: reason.to_string() });
             }
+            Output::Moves(moves) => self.news.push(News::Moves(moves.iter().map(Into::into).collect())),
             Output::LoansLost { loans } => {
                 self.news.push(News::LoansLost(loans.iter().map(|l| (l.creditor, l.loan)).collect()));
             }
@@ -274,7 +289,8 @@ impl Control {
                 self.news.push(News::CreditorLost(instance));
             }
             Output::Note(note) => self.notes.push(format!("{note:?}")),
-            Output::Drained => {}
+            // The lenders of a simulation ask before each write.
+            Output::LeaseUntil { .. } | Output::Drained => {}
         }
     }
 }

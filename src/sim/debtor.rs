@@ -9,10 +9,12 @@ use std::time::Duration;
 use super::lender::{Entry, LaneMessage, Placed, Plan, Sabotage};
 use super::network::Slot;
 use super::toy::Partial;
-use crate::kv::rblock::{BlockIndex, InstanceId};
+use crate::kv::rblock::{BlockIndex, InstanceId, LoanId};
 
 /// Lanes' asks are told from the controller's by this bit.
 pub const LANE_ASK: u64 = 1 << 63;
+/// Blocks of a lane that may be on their way home at once.
+const LANDING_SLOTS: usize = 4;
 /// A lane that is not open after this long is lost.
 const OPENING: Duration = Duration::from_secs(2);
 
@@ -66,6 +68,8 @@ struct Lane {
     awaiting: bool,
     /// The mailbox: the partials that came last.
     partials: Vec<Partial>,
+    /// Tickets of blocks that are on their way home.
+    fetches: Vec<u64>,
 }
 
 /// The debtor. See the module's page.
@@ -77,6 +81,7 @@ pub struct Debtor {
     asks: u64,
     step: u64,
     lost: Vec<(InstanceId, String)>,
+    landed: Vec<(u64, Option<Vec<u64>>)>,
     calls: Vec<LaneCall>,
     /// Answers that were not asked for.
     pub rejected: u64,
@@ -94,6 +99,7 @@ impl Debtor {
             asks,
             step: 0,
             lost: Vec::new(),
+            landed: Vec::new(),
             calls: Vec::new(),
             rejected: 0,
         }
@@ -118,6 +124,7 @@ impl Debtor {
             items: Vec::new(),
             awaiting: false,
             partials: Vec::new(),
+            fetches: Vec::new(),
         };
         self.lanes.insert(creditor, lane);
     }
@@ -172,6 +179,10 @@ impl Debtor {
                 lane.partials = partials;
             }
             LaneMessage::Answer { partials, .. } if self.sabotage == Sabotage::LatePartial => lane.partials = partials,
+            LaneMessage::Landed { ticket, values } if lane.fetches.contains(&ticket) => {
+                lane.fetches.retain(|of| *of != ticket);
+                self.landed.push((ticket, values));
+            }
             LaneMessage::StepRefused { step, reason } => {
                 self.lose(creditor, &format!("it refused step {step}: {reason}"));
             }
@@ -220,6 +231,30 @@ impl Debtor {
             since: Some(since),
             message: LaneMessage::Write { block, values },
         });
+    }
+
+    /// How many more blocks may be asked of a creditor now.
+    pub fn landing_slots(&self, creditor: InstanceId) -> usize {
+        let lane = self.lanes.get(&creditor).filter(|lane| lane.state == LaneState::Open);
+        lane.map_or(0, |lane| LANDING_SLOTS - lane.fetches.len())
+    }
+
+    /// Asks for a block. False: it cannot be asked for.
+    pub fn fetch(&mut self, ticket: u64, creditor: InstanceId, loan: (LoanId, u32), block: BlockIndex) -> bool {
+        if self.landing_slots(creditor) == 0 {
+            return false;
+        }
+        let Some(lane) = self.lanes.get_mut(&creditor) else { return false };
+        let Some(conn) = lane.conn else { return false };
+        lane.fetches.push(ticket);
+        let message = LaneMessage::Fetch { ticket, loan, block };
+        self.calls.push(LaneCall::Send { conn, bytes: 64, since: None, message });
+        true
+    }
+
+    /// Blocks that have come home since the last call; `None`: it will not come.
+    pub fn take_landed(&mut self) -> Vec<(u64, Option<Vec<u64>>)> {
+        std::mem::take(&mut self.landed)
     }
 
     /// Tells a creditor of a block that was written, with the next plan.

@@ -24,6 +24,9 @@ use crate::schedule::sequence::{HeldLoan, SeqId};
 /// Least wait for a creditor's answer before it counts as lost.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// How often the control plane hears what the sequences hold.
+const REPORT_EVERY: Duration = Duration::from_millis(250);
+
 /// A message on a simulated connection.
 #[derive(Clone, Debug)]
 pub enum Payload {
@@ -181,6 +184,7 @@ pub struct Instance {
     /// Time its device spent on debtors' queries since the last step began.
     lent_time: Duration,
     lanes_wake: Option<Duration>,
+    report_next: Duration,
     effects: Vec<Effect>,
 }
 
@@ -219,6 +223,7 @@ impl Instance {
             step: None,
             lent_time: Duration::ZERO,
             lanes_wake: None,
+            report_next: Duration::ZERO,
             effects: Vec::new(),
         }
     }
@@ -249,6 +254,10 @@ impl Instance {
         let (running, waiting) = (self.scheduler.running() as u32, self.scheduler.waiting() as u32);
         let stats = LocalStats { running, waiting, ..LocalStats::default() };
         self.control.tick(now, stats);
+        if now >= self.report_next && running > 0 && self.setup.schedule.move_blocks > 0 {
+            self.report_next = now + REPORT_EVERY;
+            self.control.plan(now, self.scheduler.holdings(), self.scheduler.queue_needs());
+        }
         self.work(now);
     }
 
@@ -303,7 +312,13 @@ impl Instance {
         match self.lender.message(&mut self.memory, conn, message) {
             Verdict::Fine => {}
             Verdict::Reply(message) => {
-                self.send(conn, 64, Payload::Lane(message));
+                let bytes = match &message {
+                    LaneMessage::Landed { values: Some(values), .. } => {
+                        self.setup.cost.token_bytes * values.len() as u64
+                    }
+                    _ => 64,
+                };
+                self.send(conn, bytes, Payload::Lane(message));
             }
             Verdict::Later(ns, busy) => {
                 self.lent_time += Duration::from_nanos(busy);
@@ -375,6 +390,7 @@ impl Instance {
         let wake = self.debtor.poll(now);
         self.settle_losses(now);
         self.settle_grants(now);
+        self.bring_home(now);
         self.move_blocks(now);
         let mut batch = std::mem::take(&mut self.batch);
         self.scheduler.next_batch(&mut batch);
@@ -411,7 +427,8 @@ impl Instance {
                 self.debtor.close(creditor);
                 self.lose(now, creditor, None, "the creditor is gone");
             }
-            News::Lendable(blocks) => self.scheduler.set_lendable(blocks),
+            News::Lendable(blocks, cap) => self.scheduler.set_lendable(blocks, cap),
+            News::Moves(errands) => self.scheduler.direct(errands),
             News::MemoryReturned => self.scheduler.memory_changed(),
         }
     }
@@ -420,9 +437,10 @@ impl Instance {
         let asks: Vec<_> = self.scheduler.drain_asks().collect();
         for ask in asks {
             match ask {
-                Ask::Borrow { seq, blocks, apart_from } => {
-                    self.control.borrow(now, seq, blocks as u32, &apart_from);
+                Ask::Borrow { seq, blocks, apart_from, only } => {
+                    self.control.borrow(now, seq, blocks as u32, &apart_from, only);
                 }
+                Ask::Shrink { creditor, loan, keep } => self.control.shrink(now, creditor, loan, keep),
                 Ask::Repay(loan) => self.control.repay(now, loan.creditor, loan.loan),
                 Ask::Fail { seq, message } => {
                     if let Some(running) = self.running.remove(&seq) {
@@ -443,6 +461,25 @@ impl Instance {
                 self.scheduler.granted(seq, loans);
             } else {
                 self.opening.push((seq, loans));
+            }
+        }
+        self.asks(now);
+    }
+
+    /// Takes blocks in that have come home by plan, and asks for more.
+    fn bring_home(&mut self, now: Duration) {
+        for (ticket, values) in self.debtor.take_landed() {
+            let to = self.scheduler.landing(ticket);
+            if let (Some(block), Some(values)) = (to, &values) {
+                self.memory.fill(block, values);
+            }
+            self.scheduler.landed(ticket, values.is_some());
+        }
+        let mut fetches = Vec::new();
+        self.scheduler.next_fetches(|creditor| self.debtor.landing_slots(creditor), &mut fetches);
+        for fetch in fetches {
+            if !self.debtor.fetch(fetch.ticket, fetch.creditor, (fetch.loan, fetch.epoch), fetch.block) {
+                self.scheduler.landed(fetch.ticket, false);
             }
         }
         self.asks(now);

@@ -34,6 +34,22 @@ pub enum LaneMessage {
         /// By entry.
         partials: Vec<Partial>,
     },
+    /// Debtor → creditor: a block is to come home.
+    Fetch {
+        /// Names it.
+        ticket: u64,
+        /// Under which loan it lies, and the loan's epoch.
+        loan: (LoanId, u32),
+        /// Which block.
+        block: BlockIndex,
+    },
+    /// Creditor → debtor: the block of a ticket, or that it will not come.
+    Landed {
+        /// Names it.
+        ticket: u64,
+        /// Its tokens' KV.
+        values: Option<Vec<u64>>,
+    },
     /// Creditor → debtor: no answer will come.
     StepRefused {
         /// Which step.
@@ -49,6 +65,7 @@ impl fmt::Display for LaneMessage {
         let fold = |values: &[u64]| values.iter().fold(0, |all, value| mix(all, *value));
         match self {
             Self::Write { block, values } => write!(f, "write {block} {:x}", fold(values)),
+            Self::Landed { ticket, values: Some(values) } => write!(f, "landed {ticket} {:x}", fold(values)),
             Self::Answer { step, partials } => {
                 let sums = partials.iter().fold(0, |all, partial| mix(all, partial.before));
                 write!(f, "answer {step} {sums:x}")
@@ -196,6 +213,12 @@ impl Lender {
                 }
             }
             (Some(debtor), LaneMessage::Plan(plan)) => self.plan(conn, debtor, plan),
+            (Some(debtor), LaneMessage::Fetch { ticket, loan: (loan, epoch), block }) => {
+                let checks = Checks { book: &self.book, pool: &self.pool, debtor, sabotage: self.sabotage };
+                let fits = checks.in_force(loan, Some(epoch)).is_ok() && self.pool.table().visible(block, loan);
+                self.refused += u64::from(!fits);
+                Verdict::Reply(LaneMessage::Landed { ticket, values: fits.then(|| memory.block(block)) })
+            }
             _ => Verdict::Expel("a message out of place"),
         }
     }
@@ -274,7 +297,12 @@ impl Lane {
             return Err(format!("step {} after step {}", plan.step, self.step));
         }
         if checks.sabotage != Sabotage::Lease {
-            self.placed.retain(|loan, _| checks.book.loan(*loan).is_some());
+            self.placed.retain(|loan, runs| {
+                // A part that was given back is at the end.
+                let kept = runs.iter().take_while(|run| checks.pool.table().visible(run.block, *loan)).count();
+                runs.truncate(kept);
+                checks.book.loan(*loan).is_some()
+            });
         }
         for placed in &plan.placements {
             // A loan that is over, as of a request that was cancelled, is no fault.

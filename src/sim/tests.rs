@@ -41,7 +41,7 @@ fn a_loan_used_after_its_end_is_found() {
 
 #[test]
 fn a_late_partial_that_is_merged_is_found() {
-    found(Sabotage::LatePartial, 60);
+    found(Sabotage::LatePartial, 120);
 }
 
 #[test]

@@ -75,7 +75,14 @@ impl Config {
             lend: 0.6,
             // Some of the faults last longer, so that leases end on the living.
             lease: Duration::from_secs(3),
-            schedule: SchedulerConfig { max_rows: 48, chunk_rows: 24, max_logits: 16, max_sequences: 8, replicas: 1 },
+            schedule: SchedulerConfig {
+                max_rows: 48,
+                chunk_rows: 24,
+                max_logits: 16,
+                max_sequences: 8,
+                replicas: 1,
+                move_blocks: 4,
+            },
             sabotage,
         };
         let faults = fault::chance(&mut rng, instances, Duration::from_secs(25));

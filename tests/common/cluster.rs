@@ -69,6 +69,8 @@ pub struct Setup {
     pub math: Math,
     pub tuning: Tuning,
     pub replicas: usize,
+    /// Most rBlocks that planned moves take in a step.
+    pub move_blocks: usize,
 }
 
 impl Setup {
@@ -82,6 +84,7 @@ impl Setup {
             math: Math::Exact,
             tuning: Tuning::default(),
             replicas: 1,
+            move_blocks: 4,
         }
     }
 
@@ -120,6 +123,7 @@ impl Setup {
                 max_logits: max_sequences,
                 max_sequences,
                 replicas: self.replicas,
+                move_blocks: self.move_blocks,
             },
             max_model_len: files.config.max_positions,
             max_waiting: 1024,

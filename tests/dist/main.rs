@@ -2,6 +2,7 @@
 
 #[path = "../common/cluster.rs"]
 mod cluster;
+mod moves;
 mod recovery;
 
 use cluster::{Cluster, Logits, Setup, model, outcome, prompt, tokens, until};

@@ -20,7 +20,7 @@ const FOUR_NODES: [usize; 4] = [1024; 4];
 const PROMPT: usize = 2_700;
 
 /// The next token; `None` at the stream's good end.
-fn next(stream: &mut Stream) -> Option<u32> {
+pub fn next(stream: &mut Stream) -> Option<u32> {
     loop {
         match stream.blocking_next().expect("a last word") {
             Output::Token { id, .. } => return Some(id),
@@ -35,7 +35,7 @@ fn next(stream: &mut Stream) -> Option<u32> {
 }
 
 /// Tokens whose KV a lender holds, as far as it has been told.
-fn held(lender: &Node) -> usize {
+pub fn held(lender: &Node) -> usize {
     let Some(pool) = lender.lent_pool() else { return 0 };
     let live = |&block: &u32| pool.table().entry(block).is_some_and(|e| e.state == State::Live);
     (0..pool.blocks()).filter(live).count() * 16
@@ -50,7 +50,7 @@ fn kill(cluster: &mut Cluster) -> usize {
     lost
 }
 
-fn alone(files: &ModelFiles, tokens_of: usize, requests: &[(u64, usize)], count: usize) -> Vec<Vec<u32>> {
+pub fn alone(files: &ModelFiles, tokens_of: usize, requests: &[(u64, usize)], count: usize) -> Vec<Vec<u32>> {
     let big = Setup::new(FabricChoice::Shm, KvDtype::F32, &[tokens_of]).start(files);
     let found = requests.iter().map(|&(seed, len)| tokens(big.submit(prompt(seed, len), count, false))).collect();
     big.stop();

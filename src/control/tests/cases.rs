@@ -6,6 +6,7 @@ use super::network::{LEASE, Plan, World, gossip, ms};
 use super::shape;
 use crate::control::controller::{BorrowError, Config, ConfigError, Controller, Input, Note};
 use crate::control::message::{BlockRange, Digest, Message, Packet, Refusal, Renewal, Role, Service};
+use crate::control::plan::{Held, Place, Reason};
 use crate::control::rmanager::{PoolSource, RManager};
 use crate::control::row::{MAX_ADDRESS, Profile, Row, Stamp, Tier, TierRow};
 use crate::control::seal::Seal;
@@ -77,7 +78,7 @@ fn two_nodes_that_dial_each_other_at_once_both_get_through() {
         world.start(Plan::new("b", &["a"], 8));
         world.run_for(ms(3000));
         for node in 0..2 {
-            world.input(node, Input::Borrow { request: 1, blocks: 2, avoid: &[] });
+            world.input(node, Input::Borrow { request: 1, blocks: 2, avoid: &[], only: None });
         }
         world.run_for(ms(500));
         assert!(world.log.matches("PeerAccepted").count() == 2, "both were dialed");
@@ -114,7 +115,7 @@ fn who_has_another_name_or_another_key_is_not_heard() {
 #[test]
 fn a_creditor_is_down_within_two_seconds_and_a_cut_one_returns() {
     let mut world = cluster(1, &[8, 40, 40, 40, 40]);
-    world.input(0, Input::Borrow { request: 1, blocks: 20, avoid: &[] });
+    world.input(0, Input::Borrow { request: 1, blocks: 20, avoid: &[], only: None });
     world.run_for(ms(500));
     let creditor = world.nodes.iter().position(|n| n.control.rmanager().lent() > 0).unwrap();
     world.cut.push(creditor);
@@ -128,7 +129,7 @@ fn a_creditor_is_down_within_two_seconds_and_a_cut_one_returns() {
     world.run_for(ms(6000));
     world.check_quiet();
     assert!(world.nodes[creditor].notes.iter().any(|note| matches!(note, Note::Renewed(_))));
-    world.input(0, Input::Borrow { request: 2, blocks: 60, avoid: &[] });
+    world.input(0, Input::Borrow { request: 2, blocks: 60, avoid: &[], only: None });
     world.run_for(ms(500));
     assert!(world.nodes[0].loans[&2].iter().any(|l| l.creditor == world.nodes[creditor].instance), "it lends again");
 }
@@ -136,13 +137,13 @@ fn a_creditor_is_down_within_two_seconds_and_a_cut_one_returns() {
 #[test]
 fn a_mirror_is_not_borrowed_where_the_original_lies() {
     let mut world = cluster(1, &[8, 40, 40]);
-    world.input(0, Input::Borrow { request: 1, blocks: 10, avoid: &[] });
+    world.input(0, Input::Borrow { request: 1, blocks: 10, avoid: &[], only: None });
     world.run_for(ms(500));
     let first = world.nodes[0].loans[&1][0].creditor;
-    world.input(0, Input::Borrow { request: 1, blocks: 10, avoid: &[first] });
+    world.input(0, Input::Borrow { request: 1, blocks: 10, avoid: &[first], only: None });
     world.run_for(ms(500));
     assert_ne!(world.nodes[0].loans[&1][1].creditor, first);
-    world.input(0, Input::Borrow { request: 2, blocks: 20, avoid: &[first] });
+    world.input(0, Input::Borrow { request: 2, blocks: 20, avoid: &[first], only: None });
     world.run_for(ms(500));
     assert_eq!(world.nodes[0].refused, [2], "rather none than one in the same place");
 }
@@ -172,7 +173,7 @@ fn garbage_costs_the_connection_and_nothing_else() {
 fn a_restarted_node_replaces_its_earlier_life() {
     let mut world = cluster(1, &[32, 32]);
     let (first, known) = (world.nodes[1].instance, world.nodes[1].plan.clone());
-    world.input(1, Input::Borrow { request: 1, blocks: 4, avoid: &[] });
+    world.input(1, Input::Borrow { request: 1, blocks: 4, avoid: &[], only: None });
     world.run_for(ms(500));
     assert_eq!(world.nodes[0].control.rmanager().lent(), 4);
     // The old process is dead, and nobody has said so.
@@ -192,7 +193,7 @@ fn a_message_to_an_earlier_life_does_not_reach_the_next() {
     world.nodes[1].alive = false;
     world.start(Plan { join: Vec::new(), ..known });
     // Before the news has come, it asks the creditor that it believes to be there.
-    world.input(0, Input::Borrow { request: 1, blocks: 4, avoid: &[] });
+    world.input(0, Input::Borrow { request: 1, blocks: 4, avoid: &[], only: None });
     world.run_for(ms(150));
     assert!(dropped(&world, 0, "another instance"), "{:?}", world.nodes[0].notes);
     assert_eq!(world.nodes[2].control.rmanager().lent(), 0);
@@ -203,7 +204,7 @@ fn a_message_to_an_earlier_life_does_not_reach_the_next() {
 #[test]
 fn the_freest_creditor_is_asked_first_and_several_share_what_one_cannot() {
     let mut world = cluster(1, &[8, 20, 40, 60]);
-    world.input(0, Input::Borrow { request: 1, blocks: 30, avoid: &[] });
+    world.input(0, Input::Borrow { request: 1, blocks: 30, avoid: &[], only: None });
     world.run_for(ms(300));
     let creditors = |world: &World, request| {
         let loans = &world.nodes[0].loans[&request];
@@ -213,11 +214,11 @@ fn the_freest_creditor_is_asked_first_and_several_share_what_one_cannot() {
             .collect::<std::collections::BTreeMap<_, _>>()
     };
     assert_eq!(creditors(&world, 1), [(3, 30)].into(), "half of 60 may be lent");
-    world.input(0, Input::Borrow { request: 2, blocks: 25, avoid: &[] });
+    world.input(0, Input::Borrow { request: 2, blocks: 25, avoid: &[], only: None });
     world.run_for(ms(300));
     assert_eq!(creditors(&world, 2), [(1, 5), (2, 20)].into());
     // All or nothing: 5 are left in all.
-    world.input(0, Input::Borrow { request: 3, blocks: 6, avoid: &[] });
+    world.input(0, Input::Borrow { request: 3, blocks: 6, avoid: &[], only: None });
     world.run_for(ms(300));
     assert_eq!(world.nodes[0].refused, [3]);
     let view = world.nodes[0].control.view(world.now);
@@ -240,7 +241,7 @@ fn a_stale_view_costs_a_refusal_and_the_next_is_asked() {
     let mut local = Vec::new();
     assert!(pool.table().alloc_many(38, Owner::Sequence(1), &mut local));
     world.nodes[1].local = local;
-    world.input(0, Input::Borrow { request: 1, blocks: 10, avoid: &[] });
+    world.input(0, Input::Borrow { request: 1, blocks: 10, avoid: &[], only: None });
     world.run_for(ms(400));
     let refusal = Note::CreditorRefused(world.nodes[1].instance, Refusal::NoRoom);
     assert!(world.nodes[0].notes.contains(&refusal));
@@ -251,7 +252,7 @@ fn a_stale_view_costs_a_refusal_and_the_next_is_asked() {
 #[test]
 fn a_creditor_that_dies_while_it_is_asked_has_refused() {
     let mut world = cluster(1, &[8, 40, 30]);
-    world.input(0, Input::Borrow { request: 1, blocks: 10, avoid: &[] });
+    world.input(0, Input::Borrow { request: 1, blocks: 10, avoid: &[], only: None });
     world.kill(1);
     world.run_for(ms(3000));
     assert_eq!(world.nodes[0].loans[&1][0].creditor, world.nodes[2].instance);
@@ -261,8 +262,8 @@ fn a_creditor_that_dies_while_it_is_asked_has_refused() {
 #[test]
 fn a_lost_creditor_is_told_with_its_loans_and_its_debtor_goes_on() {
     let mut world = cluster(1, &[8, 40, 40]);
-    world.input(0, Input::Borrow { request: 1, blocks: 30, avoid: &[] });
-    world.input(0, Input::Borrow { request: 2, blocks: 30, avoid: &[] });
+    world.input(0, Input::Borrow { request: 1, blocks: 30, avoid: &[], only: None });
+    world.input(0, Input::Borrow { request: 2, blocks: 30, avoid: &[], only: None });
     world.run_for(ms(500));
     assert_eq!(world.nodes[0].refused, [2], "one request took from both, nothing is left");
     world.kill(1);
@@ -275,9 +276,56 @@ fn a_lost_creditor_is_told_with_its_loans_and_its_debtor_goes_on() {
 }
 
 #[test]
+fn a_loan_shrinks_at_its_debtors_word_and_what_is_free_again_is_lent_again() {
+    let mut world = cluster(1, &[8, 40, 8]);
+    let creditor = world.nodes[1].instance;
+    world.input(0, Input::Borrow { request: 1, blocks: 38, avoid: &[], only: Some(creditor) });
+    world.run_for(ms(300));
+    let loan = world.nodes[0].loans[&1][0].clone();
+    assert_eq!((loan.creditor, loan.blocks.len()), (creditor, 38), "nobody else was asked");
+    world.input(0, Input::ShrinkLoan { creditor, loan: loan.loan, keep: 5 });
+    world.nodes[0].loans.get_mut(&1).unwrap()[0].blocks.truncate(5);
+    world.run_for(ms(300));
+    assert_eq!(world.nodes[1].control.rmanager().lent(), 5);
+    let record = world.nodes[1].control.rmanager().loans().next().unwrap().clone();
+    assert_eq!(record.blocks, loan.blocks[..5]);
+    world.input(2, Input::Borrow { request: 9, blocks: 35, avoid: &[], only: Some(creditor) });
+    world.run_for(ms(300));
+    assert_eq!(world.nodes[2].loans[&9][0].blocks.len(), 35);
+    world.check_quiet();
+}
+
+#[test]
+fn where_a_creditor_drains_its_debtor_plans_to_move_and_says_why() {
+    let mut world = cluster(1, &[20, 40, 40]);
+    world.input(0, Input::Borrow { request: 1, blocks: 30, avoid: &[], only: None });
+    world.run_for(ms(300));
+    let creditor = world.nodes[0].loans[&1][0].creditor;
+    let at = world.nodes.iter().position(|n| n.instance == creditor).unwrap();
+    let held = Held { request: 1, tokens: 600, local: 8, remote: [(creditor, 30)].into() };
+    let plan = || Input::Plan { requests: vec![held.clone()], queue: Vec::new() };
+    world.input(0, plan());
+    assert!(world.nodes[0].moves.is_empty(), "{:?}", world.nodes[0].moves);
+    world.input(at, Input::Drain);
+    world.run_for(ms(500));
+    world.input(0, plan());
+    let other = world.nodes[3 - at].instance;
+    let moves = &world.nodes[0].moves;
+    assert_eq!(moves.iter().map(|m| m.blocks).sum::<u32>(), 30);
+    assert!(moves.iter().all(|m| m.from == Place::At(creditor) && m.why == Reason::CreditorLeaves), "{moves:?}");
+    assert!(moves.iter().any(|m| m.to == Place::At(other)), "{moves:?}");
+    let decisions = world.nodes[0].control.view(world.now).decisions;
+    assert_eq!(decisions[0].why, "creditor_leaves");
+    assert_eq!(world.nodes[0].control.stats().planned_leaves, moves.len() as u64);
+    // The same again is the same decision.
+    world.input(0, plan());
+    assert_eq!(world.nodes[0].control.view(world.now).decisions.len(), decisions.len());
+}
+
+#[test]
 fn a_lost_debtor_gives_everything_back_even_if_nobody_says_so() {
     let mut world = cluster(1, &[8, 40]);
-    world.input(0, Input::Borrow { request: 1, blocks: 20, avoid: &[] });
+    world.input(0, Input::Borrow { request: 1, blocks: 20, avoid: &[], only: None });
     world.run_for(ms(500));
     assert_eq!(world.nodes[1].control.rmanager().lent(), 20);
     // The process hangs: its connections stay open, nothing comes.
@@ -375,7 +423,7 @@ impl Played {
 #[test]
 fn a_creditor_that_does_not_answer_has_refused_and_its_late_grant_is_repaid() {
     let mut played = Played::new();
-    played.world.input(0, Input::Borrow { request: 1, blocks: 10, avoid: &[] });
+    played.world.input(0, Input::Borrow { request: 1, blocks: 10, avoid: &[], only: None });
     let ask = Message::TryMoveKvCache { ticket: 1, request: 1, blocks: 10, shape: shape(2) };
     assert!(played.was_told(&ask) && played.node().borrowing.contains_key(&1));
     played.world.run_for(ms(1100));
@@ -383,7 +431,7 @@ fn a_creditor_that_does_not_answer_has_refused_and_its_late_grant_is_repaid() {
     played.grant(1, 5, 10);
     assert!(played.was_told(&Message::Repay { loan: LoanId(5), epoch: 1 }));
     // A grant of another number of blocks is none, and goes back too.
-    played.world.input(0, Input::Borrow { request: 2, blocks: 10, avoid: &[] });
+    played.world.input(0, Input::Borrow { request: 2, blocks: 10, avoid: &[], only: None });
     played.grant(2, 6, 9);
     assert_eq!(played.node().refused, [1, 2]);
     assert!(played.was_told(&Message::Repay { loan: LoanId(6), epoch: 1 }));
@@ -396,8 +444,8 @@ fn a_creditor_that_does_not_answer_has_refused_and_its_late_grant_is_repaid() {
 #[test]
 fn a_borrowing_is_cancelled_and_not_begun_twice() {
     let mut played = Played::new();
-    played.world.input(0, Input::Borrow { request: 3, blocks: 10, avoid: &[] });
-    played.world.input(0, Input::Borrow { request: 3, blocks: 10, avoid: &[] });
+    played.world.input(0, Input::Borrow { request: 3, blocks: 10, avoid: &[], only: None });
+    played.world.input(0, Input::Borrow { request: 3, blocks: 10, avoid: &[], only: None });
     assert_eq!(played.node().refused, [3], "busy");
     played.node().borrowing.insert(3, 10);
     played.world.input(0, Input::RepayRequest { request: 3 });
@@ -411,7 +459,7 @@ fn a_borrowing_is_cancelled_and_not_begun_twice() {
 fn both_sides_are_told_of_a_loan_that_is_no_more() {
     let mut played = Played::new();
     // As debtor: the creditor's word counts, for the right epoch.
-    played.world.input(0, Input::Borrow { request: 1, blocks: 10, avoid: &[] });
+    played.world.input(0, Input::Borrow { request: 1, blocks: 10, avoid: &[], only: None });
     played.grant(1, 5, 10);
     let loan = played.node().loans[&1][0].clone();
     played.say(Message::Lapsed { loan: LoanId(5), epoch: 2 });
@@ -479,8 +527,8 @@ fn a_pure_lender_lends_to_whoever_comes_first_and_never_borrows() {
     world.start(Plan::new("node-0", &[], 8));
     world.start(Plan { lender: true, lend: 1.0, ..Plan::new("lender", &["node-0"], 64) });
     world.run_for(ms(1000));
-    world.input(0, Input::Borrow { request: 1, blocks: 64, avoid: &[] });
-    world.input(1, Input::Borrow { request: 1, blocks: 1, avoid: &[] });
+    world.input(0, Input::Borrow { request: 1, blocks: 64, avoid: &[], only: None });
+    world.input(1, Input::Borrow { request: 1, blocks: 1, avoid: &[], only: None });
     assert!(world.log.contains(&format!("reason: {:?}", BorrowError::NoShape)));
     world.run_for(ms(500));
     assert_eq!(world.nodes[0].loans[&1][0].blocks, (0..64).collect::<Vec<_>>());
@@ -493,7 +541,7 @@ fn a_pure_lender_lends_to_whoever_comes_first_and_never_borrows() {
 #[test]
 fn nobody_is_taken_for_gone_by_one_who_was_stopped() {
     let mut world = cluster(1, &[8, 40]);
-    world.input(0, Input::Borrow { request: 1, blocks: 10, avoid: &[] });
+    world.input(0, Input::Borrow { request: 1, blocks: 10, avoid: &[], only: None });
     world.run_for(ms(500));
     // The machine sleeps for longer than any time limit.
     world.now += LEASE * 4;
@@ -508,11 +556,11 @@ fn nobody_is_taken_for_gone_by_one_who_was_stopped() {
 #[test]
 fn a_draining_node_lends_nothing_new_and_says_when_it_is_free() {
     let mut world = cluster(1, &[8, 40]);
-    world.input(0, Input::Borrow { request: 1, blocks: 10, avoid: &[] });
+    world.input(0, Input::Borrow { request: 1, blocks: 10, avoid: &[], only: None });
     world.run_for(ms(500));
     world.input(1, Input::Drain);
     world.run_for(ms(400));
-    world.input(0, Input::Borrow { request: 2, blocks: 1, avoid: &[] });
+    world.input(0, Input::Borrow { request: 2, blocks: 1, avoid: &[], only: None });
     assert_eq!(world.nodes[0].refused, [2], "its row says so");
     assert!(!world.nodes[1].drained);
     world.nodes[0].loans.clear();

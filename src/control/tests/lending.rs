@@ -19,7 +19,7 @@ const LEASE: Duration = Duration::from_secs(3);
 #[derive(Clone, Debug)]
 enum Op {
     Reserve { debtor: u64, blocks: u32 },
-    Renew { debtor: u64, loan: u32 },
+    Renew { debtor: u64, loan: u32, blocks: u32 },
     Repay { debtor: u64, loan: u32 },
     WrongEpoch { debtor: u64, loan: u32 },
     Gone { debtor: u64 },
@@ -32,7 +32,7 @@ fn op() -> impl Strategy<Value = Op> {
     let (debtor, loan) = (0u64..3, 0u32..20);
     prop_oneof![
         3 => (debtor.clone(), 0u32..12).prop_map(|(debtor, blocks)| Op::Reserve { debtor, blocks }),
-        2 => (debtor.clone(), loan.clone()).prop_map(|(debtor, loan)| Op::Renew { debtor, loan }),
+        2 => (debtor.clone(), loan.clone(), 0u32..40).prop_map(|(debtor, loan, blocks)| Op::Renew { debtor, loan, blocks }),
         2 => (debtor.clone(), loan.clone()).prop_map(|(debtor, loan)| Op::Repay { debtor, loan }),
         1 => (debtor.clone(), loan).prop_map(|(debtor, loan)| Op::WrongEpoch { debtor, loan }),
         1 => debtor.prop_map(|debtor| Op::Gone { debtor }),
@@ -76,11 +76,14 @@ proptest! {
                         Err(other) => prop_assert!(false, "{other:?}"),
                     }
                 }
-                Op::Renew { debtor, loan } => {
+                Op::Renew { debtor, loan, blocks } => {
                     let its = lent.get_mut(&loan).filter(|l| l.0 == debtor);
-                    prop_assert_eq!(manager.renew(now, InstanceId(debtor), LoanId(loan), 1), its.is_some());
+                    prop_assert_eq!(manager.renew(now, InstanceId(debtor), LoanId(loan), 1, blocks), its.is_some());
                     if let Some(its) = its {
                         its.2 = now + LEASE;
+                        // A loan shrinks to its beginning; it never grows, and
+                        // only a repayment ends it.
+                        its.1.truncate(if blocks == 0 { usize::MAX } else { blocks as usize });
                     }
                 }
                 Op::Repay { debtor, loan } => {
@@ -92,7 +95,7 @@ proptest! {
                 }
                 Op::WrongEpoch { debtor, loan } => {
                     prop_assert!(!manager.repay(InstanceId(debtor), LoanId(loan), 2));
-                    prop_assert!(!manager.renew(now, InstanceId(debtor), LoanId(loan), 0));
+                    prop_assert!(!manager.renew(now, InstanceId(debtor), LoanId(loan), 0, 1));
                 }
                 Op::Gone { debtor } => {
                     let ended = manager.debtor_gone(InstanceId(debtor));

@@ -58,6 +58,10 @@ pub struct Node {
     /// Borrowings not answered.
     pub borrowing: BTreeMap<u64, u32>,
     pub refused: Vec<u64>,
+    /// Until when each creditor's loans are in force.
+    pub leases: BTreeMap<InstanceId, Duration>,
+    /// The last plan.
+    pub moves: Vec<crate::control::plan::Move>,
     pub lost: Vec<Loan>,
     pub creditors: BTreeMap<InstanceId, Vec<String>>,
     pub notes: Vec<Note>,
@@ -168,6 +172,8 @@ impl World {
             loans: BTreeMap::new(),
             borrowing: BTreeMap::new(),
             refused: Vec::new(),
+            leases: BTreeMap::new(),
+            moves: Vec::new(),
             lost: Vec::new(),
             creditors: BTreeMap::new(),
             notes: Vec::new(),
@@ -373,6 +379,7 @@ impl World {
 
     /// What the node's engine does with an output.
     fn engine(&mut self, node: usize, output: Output) {
+        let now = self.now;
         let node = &mut self.nodes[node];
         match output {
             Output::Granted { request, loans } => {
@@ -385,6 +392,7 @@ impl World {
                     node.loans.entry(request).or_default().push(loan);
                 }
             }
+            Output::Moves(moves) => node.moves = moves,
             Output::Refused { request, .. } => {
                 assert!(node.borrowing.remove(&request).is_some(), "nobody asked");
                 node.refused.push(request);
@@ -407,6 +415,10 @@ impl World {
                 node.creditors.remove(&instance);
             }
             Output::Note(note) => node.notes.push(note),
+            Output::LeaseUntil { creditor, until } => {
+                assert!(until > now, "told of a lease that is over");
+                node.leases.insert(creditor, until);
+            }
             Output::Drained => node.drained = true,
             Output::Datagram { .. } | Output::Connect { .. } | Output::Send { .. } | Output::Disconnect { .. } => {
                 unreachable!()
@@ -457,6 +469,15 @@ impl World {
             .loans()
             .filter(|l| !node.borrowing.contains_key(&l.request) || told.contains(&(l.creditor, l.loan)));
         assert_eq!(known.map(|l| (l.creditor, l.loan)).collect::<Vec<_>>(), told);
+        // Until the time it was told of, its creditors keep what they lent.
+        for loan in node.loans.values().flatten() {
+            let creditor = self.nodes.iter().find(|n| n.instance == loan.creditor && n.alive);
+            let in_force = node.leases.get(&loan.creditor).is_some_and(|until| self.now < *until);
+            if let Some(creditor) = creditor.filter(|_| node.alive && in_force) {
+                let kept = creditor.control.rmanager().loans().any(|l| l.loan == loan.loan && l.epoch == loan.epoch);
+                assert!(kept, "{:?} ended a loan of {:?} early", creditor.instance, node.instance);
+            }
+        }
     }
 
     /// What holds once nothing has happened for a while.

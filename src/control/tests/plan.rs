@@ -125,6 +125,29 @@ fn debt(ledger: &mut Ledger, creditor: InstanceId, blocks: i64) {
 }
 
 #[test]
+fn what_lies_away_comes_home_where_there_is_room_and_both_are_faster_so() {
+    let lent = |mine: u32| {
+        let mut row = row(2, 1000, 500);
+        row.tiers[0].lent = mine;
+        row.debts = vec![Debt { debtor: ME, blocks: mine }];
+        row
+    };
+    let requests = || vec![held(1, 100, &[(2, 60)])];
+    let ledger = ledger([row(1, 1000, 800), lent(60)]);
+    let mut free = own(1000, 800, requests(), &[]);
+    let moves = plan(&ledger, &free);
+    assert_eq!(
+        moves.iter().map(|m| (m.blocks, m.from, m.to)).collect::<Vec<_>>(),
+        [(60, Place::At(InstanceId(2)), Place::Home)]
+    );
+    assert!(matches!(moves[0].why, Reason::Throughput { before, after } if after > before));
+    // Not where it would be wanted soon, nor where nothing is known of the time.
+    assert!(plan(&ledger, &own(1000, 130, requests(), &[40])).is_empty());
+    free.perf = None;
+    assert!(plan(&ledger, &free).is_empty());
+}
+
+#[test]
 fn paper_v2_take_the_debtors_longest_request_and_pair_it_with_the_freest_creditor() {
     let ledger = ledger([row(1, 1000, 10), row(2, 1000, 300), row(3, 1000, 900), row(4, 1000, 500)]);
     let own = own(1000, 10, vec![held(1, 100, &[]), held(2, 800, &[]), held(3, 90, &[])], &[50, 50, 50]);

@@ -33,7 +33,7 @@ fn act(world: &mut World, faults: Faults) {
             let (request, blocks) = (world.rng.random_range(0..1000), world.rng.random_range(0..30));
             let borrowing = &world.nodes[node].borrowing;
             if !borrowing.contains_key(&request) && !world.nodes[node].plan.lender {
-                world.input(node, Input::Borrow { request, blocks, avoid: &[] });
+                world.input(node, Input::Borrow { request, blocks, avoid: &[], only: None });
             }
         }
         30..60 => {
