@@ -32,7 +32,9 @@ fn drained(fabric: FabricChoice, own: usize, lenders: &[usize], drains: usize) {
         let leaving = left.remove(most);
         leaving.drain();
         until("what lies there to be elsewhere", || leaving.view().drained() && !lent(leaving));
-        assert!(cluster.node.stats().running == 1, "the request still runs");
+        let stats = cluster.node.stats();
+        let view = cluster.node.view().ledger();
+        assert!(stats.running == 1, "the request was over first: {stats:?}, {:?}, {:?}", view.decisions, view.control);
     }
     let after = found.len();
     found.extend((after..after + 300).map_while(|_| next(&mut stream)));
