@@ -137,8 +137,9 @@ fn render(cluster: &Value) -> String {
             }),
         );
     }
-    if let Some(figures) = cluster["recovery"].as_object().filter(|map| map.values().any(|n| *n != 0)) {
-        out += "\nrecovery:";
+    for name in ["recovery", "requests"] {
+        let Some(figures) = cluster[name].as_object().filter(|map| map.values().any(|n| *n != 0)) else { continue };
+        out += &format!("\n{name}:");
         for (name, value) in figures {
             out += &format!(" {} {}", clean(name), text(value));
         }
@@ -273,6 +274,7 @@ mod tests {
             "debts": [{"debtor": "a", "creditor": "b", "blocks": 70}],
             "links": [{"from": "a", "to": "b", "transport": "shm", "rtt_us": 8.25}],
             "recovery": {"recoveries": 1, "recomputed_tokens": 48},
+            "requests": {"placed_elsewhere": 3, "continued": 1},
         });
         let expected = "\
 2 instances as a knows them: 1128 rBlocks (18048 tokens), 934 free (14944 tokens), 70 lent; 1 running, 0 waiting
@@ -291,6 +293,8 @@ FROM      TO  TRANSPORT     RTT
 a     ->  b   shm        8.2 us
 
 recovery: recoveries 1 recomputed_tokens 48
+
+requests: placed_elsewhere 3 continued 1
 ";
         let shown = render(&cluster);
         assert_eq!(shown, expected, "\n{shown}");

@@ -42,6 +42,7 @@ fn profile(address: &str) -> Profile {
         control: vec![address.into()],
         creditor: vec!["somewhere".into()],
         http: String::new(),
+        peers: None,
     }
 }
 

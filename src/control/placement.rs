@@ -1,0 +1,204 @@
+//! Where a request runs: a pure function of the ledger and of this instance's
+//! own figures.
+//!
+//! *Here*, as long as it neither has to wait nor to borrow here: nothing is
+//! gained by a way over the network, and the prefix cache here may know the
+//! prompt's beginning. Otherwise where there is room for it. Queues are left
+//! only for much shorter ones, and an instance at work only for one that is
+//! almost idle, so that requests do not chase figures that are a moment old and
+//! conversations stay with their cache.
+
+use super::message::{Role, Service};
+use super::view::{LedgerView, instance};
+use crate::kv::rblock::InstanceId;
+
+/// How many times as busy one instance must be as another before a request goes
+/// there for that reason alone, and how many requests more: fewer cost a step
+/// less than computing a known beginning anew would.
+const BUSIER: (u32, u32) = (2, 8);
+/// The same of queues, where nobody has room.
+const LONGER: (u32, u32) = (2, 1);
+
+/// What of an instance decides.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Tokens an rBlock of its.
+    pub block_tokens: u32,
+    /// Its rBlocks.
+    pub total: u32,
+    /// Of these nobody's, or kept only for prefix reuse.
+    pub free: u32,
+    /// Requests in its batch.
+    pub running: u32,
+    /// Requests that found no room yet.
+    pub waiting: u32,
+    /// Requests on their way to it, which its figures do not show.
+    pub queued: u32,
+}
+
+impl Load {
+    /// Its own memory holds `tokens`, once it is free.
+    fn holds(&self, tokens: usize) -> bool {
+        self.blocks(tokens) <= u64::from(self.total)
+    }
+
+    /// A request of `tokens` begins at once, in its own memory. Those on their
+    /// way are taken to be as large.
+    fn has_room(&self, tokens: usize) -> bool {
+        let wanted = self.blocks(tokens).saturating_mul(u64::from(self.queued) + 1);
+        self.waiting == 0 && wanted <= u64::from(self.free)
+    }
+
+    /// Requests it is at, or will be.
+    fn requests(&self) -> u32 {
+        self.running.saturating_add(self.line())
+    }
+
+    /// Requests before one that comes now.
+    fn line(&self) -> u32 {
+        self.waiting.saturating_add(self.queued)
+    }
+
+    fn blocks(&self, tokens: usize) -> u64 {
+        (tokens as u64).div_ceil(u64::from(self.block_tokens.max(1)))
+    }
+}
+
+/// An instance that runs the same model and takes requests in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// Which.
+    pub instance: InstanceId,
+    /// Where it takes them, `ip:port`.
+    pub address: String,
+    /// Its figures.
+    pub load: Load,
+}
+
+/// The instances to which the one whose ledger this is can hand its requests:
+/// up, serving, of the same model, within reach.
+pub fn candidates(view: &LedgerView) -> Vec<Candidate> {
+    let own = view.instances.iter().find(|i| i.me).and_then(|i| i.row.as_ref());
+    let Some(model) = own.and_then(|row| row.model.as_ref()) else { return Vec::new() };
+    let candidate = |entry: &super::view::InstanceEntry| {
+        let row = entry.row.as_ref().filter(|_| !entry.me)?;
+        let fits = row.role == Role::Engine && row.service == Service::Serving && row.model.as_ref() == Some(model);
+        let load = Load {
+            block_tokens: row.shape.filter(|_| fits)?.block_tokens,
+            total: row.total,
+            free: row.free,
+            running: row.running,
+            waiting: row.waiting,
+            queued: 0,
+        };
+        Some(Candidate { instance: instance(&entry.id)?, address: row.peers.clone()?, load })
+    };
+    view.instances.iter().filter_map(candidate).collect()
+}
+
+/// Which of `others` a request of `tokens` goes to; `None`: it runs here.
+pub fn place<'a>(tokens: usize, here: &Load, others: &'a [Candidate]) -> Option<&'a Candidate> {
+    let much_less = |a: u32, b: u32, (times, more): (u32, u32)| a.saturating_mul(times).saturating_add(more) < b;
+    let roomy = with_room(tokens, others);
+    if here.has_room(tokens) {
+        return roomy.filter(|other| much_less(other.load.requests(), here.requests(), BUSIER));
+    }
+    let shorter = || {
+        let holding = others.iter().filter(|other| other.load.holds(tokens));
+        let shortest = holding.min_by_key(|other| (other.load.line(), other.load.running, other.instance))?;
+        // What only borrowing makes room for here need not wait there.
+        let line = if here.holds(tokens) { here.line() } else { here.line().saturating_add(1) };
+        much_less(shortest.load.line(), line, LONGER).then_some(shortest)
+    };
+    roomy.or_else(shorter)
+}
+
+/// Of `others` the least busy at which a request of `tokens` begins at once.
+pub fn with_room(tokens: usize, others: &[Candidate]) -> Option<&Candidate> {
+    let roomy = others.iter().filter(|other| other.load.has_room(tokens));
+    roomy.min_by_key(|other| (other.load.requests(), std::cmp::Reverse(other.load.free), other.instance))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    fn load(free: u32, running: u32, waiting: u32) -> Load {
+        Load { block_tokens: 16, total: 100, free, running, waiting, queued: 0 }
+    }
+
+    fn others(loads: &[Load]) -> Vec<Candidate> {
+        let candidate = |(&load, i)| Candidate { instance: InstanceId(i), address: format!("10.0.0.{i}:80"), load };
+        loads.iter().zip(1..).map(candidate).collect()
+    }
+
+    fn placed(tokens: usize, here: Load, loads: &[Load]) -> Option<u64> {
+        place(tokens, &here, &others(loads)).map(|c| c.instance.0)
+    }
+
+    #[test]
+    fn what_fits_here_stays_here() {
+        assert_eq!(placed(160, load(10, 3, 0), &[load(100, 0, 0)]), None);
+        assert_eq!(placed(160, load(10, 3, 0), &[]), None);
+    }
+
+    #[test]
+    fn who_would_have_to_wait_or_borrow_goes_where_there_is_room() {
+        assert_eq!(placed(161, load(10, 0, 0), &[load(10, 0, 0), load(11, 5, 0), load(50, 6, 0)]), Some(2));
+        assert_eq!(placed(16, load(50, 9, 1), &[load(50, 9, 1), load(1, 9, 0)]), Some(2));
+        // Those that are on their way take room too.
+        let burst = Load { queued: 4, ..load(10, 0, 0) };
+        assert_eq!(placed(40, burst, &[load(10, 0, 0)]), Some(1));
+    }
+
+    #[test]
+    fn where_nobody_has_room_a_queue_is_left_for_a_much_shorter_one_only() {
+        assert_eq!(placed(160, load(0, 5, 3), &[load(0, 5, 2), load(0, 5, 1)]), None);
+        assert_eq!(placed(160, load(0, 5, 4), &[load(0, 5, 2), load(0, 5, 1)]), Some(2));
+        // To where it can never run by itself it does not go: here it may borrow.
+        assert_eq!(placed(1601, load(0, 5, 40), &[load(0, 5, 0)]), None);
+    }
+
+    #[test]
+    fn a_crowd_goes_to_who_is_almost_idle() {
+        assert_eq!(placed(160, load(90, 8, 0), &[load(90, 0, 0)]), None);
+        assert_eq!(placed(160, load(90, 9, 0), &[load(90, 0, 0)]), Some(1));
+        assert_eq!(placed(160, load(90, 20, 0), &[load(90, 7, 0)]), None);
+    }
+
+    fn any_load() -> impl Strategy<Value = Load> {
+        (1u32..64, 0u32..200, 0u32..200, 0u32..40, 0u32..10, 0u32..10).prop_map(
+            |(block_tokens, total, free, running, waiting, queued)| Load {
+                block_tokens,
+                total,
+                free: free.min(total),
+                running,
+                waiting,
+                queued,
+            },
+        )
+    }
+
+    proptest! {
+        /// Nobody is sent where it is no better, nor back from there.
+        #[test]
+        fn a_move_is_a_gain_and_is_not_taken_back(
+            tokens in 1usize..4000, here in any_load(), loads in vec(any_load(), 0..6)
+        ) {
+            let others = others(&loads);
+            let Some(other) = place(tokens, &here, &others) else { return Ok(()) };
+            let gains = other.load.has_room(tokens) && !here.has_room(tokens)
+                || other.load.requests() < here.requests()
+                || other.load.line() < here.line()
+                || other.load.holds(tokens) && !here.holds(tokens);
+            prop_assert!(gains, "{here:?} -> {other:?}");
+            let back = Candidate { instance: InstanceId(0), address: String::new(), load: here };
+            let there = Load { queued: other.load.queued + 1, ..other.load };
+            if other.load.has_room(tokens) && there.has_room(tokens) {
+                prop_assert!(place(tokens, &there, &[back]).is_none());
+            }
+        }
+    }
+}
