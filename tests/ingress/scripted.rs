@@ -26,10 +26,6 @@ pub fn token(prompt: &[u32], k: usize) -> u32 {
     (prompt.iter().sum::<u32>() + 7 * k as u32) % VOCAB as u32
 }
 
-pub fn tokens(prompt: &[u32]) -> Vec<u32> {
-    (0..MAX_TOKENS).map(|k| token(prompt, k)).collect()
-}
-
 /// What is said of the `k`-th token where logprobs are asked for.
 pub fn logprobs(k: usize) -> TokenLogprobs {
     TokenLogprobs { chosen: -(k as f32), top: vec![(k as u32, -0.5)] }
