@@ -3,10 +3,11 @@
 //!
 //! *Here*, as long as it neither has to wait nor to borrow here: nothing is
 //! gained by a way over the network, and the prefix cache here may know the
-//! prompt's beginning. Otherwise where there is room for it. Queues are left
-//! only for much shorter ones, and an instance at work only for one that is
-//! almost idle, so that requests do not chase figures that are a moment old and
-//! conversations stay with their cache.
+//! prompt's beginning. Otherwise where there is room for it; of instances that
+//! are about as busy the one to which its beginning belongs, so that a
+//! conversation, or a prompt that many share, finds its cache again. Queues are
+//! left only for much shorter ones, and an instance at work only for one that is
+//! almost idle, so that requests do not chase figures that are a moment old.
 
 use super::message::{Role, Service};
 use super::view::{LedgerView, instance};
@@ -16,8 +17,19 @@ use crate::kv::rblock::InstanceId;
 /// there for that reason alone, and how many requests more: fewer cost a step
 /// less than computing a known beginning anew would.
 const BUSIER: (u32, u32) = (2, 8);
-/// The same of queues, where nobody has room.
+/// Instances whose requests differ by no more are about as busy.
+const ABOUT: u32 = 4;
+/// The same as [`BUSIER`] of queues, where nobody has room.
 const LONGER: (u32, u32) = (2, 1);
+
+/// What of a request decides.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Demand {
+    /// Tokens for which it should find room.
+    pub tokens: usize,
+    /// Names its beginning: equal for prompts that begin alike.
+    pub beginning: u64,
+}
 
 /// What of an instance decides.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -96,10 +108,11 @@ pub fn candidates(view: &LedgerView) -> Vec<Candidate> {
     view.instances.iter().filter_map(candidate).collect()
 }
 
-/// Which of `others` a request of `tokens` goes to; `None`: it runs here.
-pub fn place<'a>(tokens: usize, here: &Load, others: &'a [Candidate]) -> Option<&'a Candidate> {
+/// Which of `others` a request goes to; `None`: it runs here.
+pub fn place<'a>(demand: Demand, here: &Load, others: &'a [Candidate]) -> Option<&'a Candidate> {
+    let tokens = demand.tokens;
     let much_less = |a: u32, b: u32, (times, more): (u32, u32)| a.saturating_mul(times).saturating_add(more) < b;
-    let roomy = with_room(tokens, others);
+    let roomy = with_room(demand, others);
     if here.has_room(tokens) {
         return roomy.filter(|other| much_less(other.load.requests(), here.requests(), BUSIER));
     }
@@ -113,10 +126,21 @@ pub fn place<'a>(tokens: usize, here: &Load, others: &'a [Candidate]) -> Option<
     roomy.or_else(shorter)
 }
 
-/// Of `others` the least busy at which a request of `tokens` begins at once.
-pub fn with_room(tokens: usize, others: &[Candidate]) -> Option<&Candidate> {
-    let roomy = others.iter().filter(|other| other.load.has_room(tokens));
-    roomy.min_by_key(|other| (other.load.requests(), std::cmp::Reverse(other.load.free), other.instance))
+/// Of `others` one of the least busy at which a request begins at once.
+pub fn with_room(demand: Demand, others: &[Candidate]) -> Option<&Candidate> {
+    let roomy = || others.iter().filter(|other| other.load.has_room(demand.tokens));
+    let least = roomy().map(|other| other.load.requests()).min()?;
+    let about = roomy().filter(|other| other.load.requests() <= least.saturating_add(ABOUT));
+    // The greatest of random figures that are the same wherever they are drawn:
+    // when an instance goes or comes, only its own beginnings move.
+    about.max_by_key(|other| (mix(demand.beginning ^ mix(other.instance.0)), other.instance))
+}
+
+/// SplitMix64's finaliser.
+fn mix(mut x: u64) -> u64 {
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
 }
 
 #[cfg(test)]
@@ -135,7 +159,7 @@ mod tests {
     }
 
     fn placed(tokens: usize, here: Load, loads: &[Load]) -> Option<u64> {
-        place(tokens, &here, &others(loads)).map(|c| c.instance.0)
+        place(Demand { tokens, beginning: 0 }, &here, &others(loads)).map(|c| c.instance.0)
     }
 
     #[test]
@@ -146,7 +170,7 @@ mod tests {
 
     #[test]
     fn who_would_have_to_wait_or_borrow_goes_where_there_is_room() {
-        assert_eq!(placed(161, load(10, 0, 0), &[load(10, 0, 0), load(11, 5, 0), load(50, 6, 0)]), Some(2));
+        assert_eq!(placed(161, load(10, 0, 0), &[load(10, 0, 0), load(11, 5, 0), load(50, 10, 0)]), Some(2));
         assert_eq!(placed(16, load(50, 9, 1), &[load(50, 9, 1), load(1, 9, 0)]), Some(2));
         // Those that are on their way take room too.
         let burst = Load { queued: 4, ..load(10, 0, 0) };
@@ -168,6 +192,32 @@ mod tests {
         assert_eq!(placed(160, load(90, 20, 0), &[load(90, 7, 0)]), None);
     }
 
+    #[test]
+    fn what_begins_alike_meets_again_and_the_rest_spreads() {
+        let full = load(0, 0, 1);
+        let count = |loads: &[Load]| {
+            let mut counts = vec![0; loads.len()];
+            let others = others(loads);
+            for beginning in (0..4000).map(mix) {
+                let at = place(Demand { tokens: 160, beginning }, &full, &others).unwrap();
+                counts[at.instance.0 as usize - 1] += 1;
+            }
+            counts
+        };
+        let counts = count(&[load(90, 4, 0), load(90, 0, 0), load(90, 1, 0), load(90, 5, 0)]);
+        assert!(counts[..3].iter().all(|n| (1200..1470).contains(n)) && counts[3] == 0, "{counts:?}");
+        // One that goes takes along only what belonged to it.
+        let all = others(&[load(90, 0, 0); 5]);
+        for beginning in (0..200).map(mix) {
+            let demand = Demand { tokens: 160, beginning };
+            let at = place(demand, &full, &all).unwrap();
+            assert_eq!(Some(at), place(demand, &full, &all));
+            if at.instance != all[4].instance {
+                assert_eq!(Some(at), place(demand, &full, &all[..4]));
+            }
+        }
+    }
+
     fn any_load() -> impl Strategy<Value = Load> {
         (1u32..64, 0u32..200, 0u32..200, 0u32..40, 0u32..10, 0u32..10).prop_map(
             |(block_tokens, total, free, running, waiting, queued)| Load {
@@ -185,10 +235,11 @@ mod tests {
         /// Nobody is sent where it is no better, nor back from there.
         #[test]
         fn a_move_is_a_gain_and_is_not_taken_back(
-            tokens in 1usize..4000, here in any_load(), loads in vec(any_load(), 0..6)
+            tokens in 1usize..4000, beginning in any::<u64>(), here in any_load(), loads in vec(any_load(), 0..6)
         ) {
             let others = others(&loads);
-            let Some(other) = place(tokens, &here, &others) else { return Ok(()) };
+            let demand = Demand { tokens, beginning };
+            let Some(other) = place(demand, &here, &others) else { return Ok(()) };
             let gains = other.load.has_room(tokens) && !here.has_room(tokens)
                 || other.load.requests() < here.requests()
                 || other.load.line() < here.line()
@@ -197,7 +248,7 @@ mod tests {
             let back = Candidate { instance: InstanceId(0), address: String::new(), load: here };
             let there = Load { queued: other.load.queued + 1, ..other.load };
             if other.load.has_room(tokens) && there.has_room(tokens) {
-                prop_assert!(place(tokens, &there, &[back]).is_none());
+                prop_assert!(place(demand, &there, &[back]).is_none());
             }
         }
     }

@@ -11,7 +11,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use super::connection::Loss;
 use super::wire::Said;
-use super::{Remote, Shared, wanted};
+use super::{Remote, Shared, demand};
 use crate::control::placement;
 use crate::engine::{FinishReason, Output, Rejected, Request};
 use crate::kv::rblock::InstanceId;
@@ -177,9 +177,9 @@ impl Journey {
             if self.outputs.is_closed() {
                 return None;
             }
-            let tokens = wanted(&self.request);
+            let demand = demand(&self.request);
             let others = if self.losses < LOSSES { self.shared.others() } else { Vec::new() };
-            if let Some(there) = placement::place(tokens, &self.shared.load_here(), &others) {
+            if let Some(there) = placement::place(demand, &self.shared.load_here(), &others) {
                 if let Ok(remote) = self.shared.ask(there, &self.request).await {
                     return Some(remote);
                 }
@@ -192,7 +192,7 @@ impl Journey {
                     return None;
                 }
                 Err(rejected) => {
-                    if let Some(there) = placement::with_room(tokens, &others)
+                    if let Some(there) = placement::with_room(demand, &others)
                         && let Ok(remote) = self.shared.ask(there, &self.request).await
                     {
                         return Some(remote);

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
 
-use crate::control::placement::{self, Candidate, Load};
+use crate::control::placement::{self, Candidate, Demand, Load};
 use crate::control::view;
 use crate::engine::{EngineStats, Output, Rejected, Request, Submit};
 use crate::kv::rblock::InstanceId;
@@ -40,6 +40,9 @@ use wire::Order;
 
 /// Tokens of its answer for which a request should find room at once.
 const SOON: usize = 128;
+/// Tokens of a prompt that are its beginning: those of a few rBlocks, as no fewer
+/// are worth meeting again for.
+const BEGINNING: usize = 64;
 /// Instances asked before a request is refused or stays here.
 const TRIES: usize = 4;
 /// How long an instance that did not take a request, or lost one, is not asked.
@@ -168,14 +171,14 @@ impl Shared {
     ) -> Result<(), Rejected> {
         // Whoever goes on with it must draw what the first would have drawn.
         request.sampling.seed.get_or_insert_with(rand::random);
-        let tokens = wanted(&request);
+        let demand = demand(&request);
         let mut refused = None;
         for _ in 0..TRIES {
             let others = self.others();
             let there = match refused {
-                None => placement::place(tokens, &self.load_here(), &others),
+                None => placement::place(demand, &self.load_here(), &others),
                 // A queue elsewhere is no better than the one that is full here.
-                Some(_) => placement::with_room(tokens, &others),
+                Some(_) => placement::with_room(demand, &others),
             };
             match (there, refused.take()) {
                 (Some(there), before) => {
@@ -269,8 +272,10 @@ impl Shared {
     }
 }
 
-/// Tokens for which a request should find room.
-fn wanted(request: &Request) -> usize {
-    let left = request.max_tokens.saturating_sub(request.resume.len());
-    request.prompt.len() + request.resume.len() + left.min(SOON)
+fn demand(request: &Request) -> Demand {
+    let Request { prompt, resume, max_tokens, .. } = request;
+    let tokens = prompt.len() + resume.len() + max_tokens.saturating_sub(resume.len()).min(SOON);
+    let hash = |hash: u64, &token: &u32| (hash ^ u64::from(token)).wrapping_mul(0x0100_0000_01b3);
+    let beginning = prompt.iter().take(BEGINNING).fold(0xcbf2_9ce4_8422_2325, hash);
+    Demand { tokens, beginning }
 }

@@ -9,7 +9,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::connection::BEAT;
 use super::seal::{Answer, Keys};
-use super::wire::{Order, Said};
+use super::wire::{MAX_ORDER, Order, Said};
 use super::{Directory, Identity, IngressStats};
 use crate::engine::{EngineHandle, Output, Rejected};
 
@@ -75,6 +75,13 @@ impl Runner {
         stats: IngressStats,
     ) -> Self {
         Self { identity, engine, keys, directory, stats, seen: Mutex::default() }
+    }
+
+    /// Longest order that can be meant for this node, bytes: nothing longer is
+    /// read of anybody who may be a stranger.
+    pub fn longest_order(&self) -> usize {
+        let Identity { max_model_len, vocab, .. } = self.identity;
+        MAX_ORDER.min((64 << 10) + 4 * max_model_len + 8 * vocab)
     }
 
     /// The order in an HTTP body.

@@ -57,10 +57,12 @@ pub fn router(state: Arc<ServerState>) -> Router {
     } else {
         guarded
     };
-    let peers = if state.runner.is_some() {
-        Router::new().route(ingress::PATH, post(peer_request).layer(DefaultBodyLimit::max(ingress::wire::MAX_ORDER)))
-    } else {
-        Router::new()
+    let peers = match &state.runner {
+        Some(runner) => {
+            let limit = DefaultBodyLimit::max(runner.longest_order());
+            Router::new().route(ingress::PATH, post(peer_request).layer(limit))
+        }
+        None => Router::new(),
     };
     guarded
         .layer(middleware::from_fn_with_state(state.clone(), authorize))

@@ -105,6 +105,8 @@ async fn who_has_another_key_or_none_is_not_heard_and_counted() {
         bent,
         sealed[..sealed.len() - 1].to_vec(),
     ];
+    // What is longer than any order is not even read.
+    assert_eq!(node.status(&vec![1; 1 << 20]).await, 413);
     for body in &strangers {
         assert_eq!(node.status(body).await, 403);
     }
