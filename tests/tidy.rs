@@ -53,7 +53,10 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("node", &["kv", "control", "schedule", "device", "attention", "model", "engine"]),
     ("ingress", &["codec", "kv", "control", "model", "engine", "node"]),
     ("server", &["kv", "control", "schedule", "device", "attention", "model", "engine", "node", "ingress"]),
-    ("cli", &["kv", "control", "schedule", "sim", "device", "attention", "model", "engine", "node", "ingress", "server"]),
+    (
+        "cli",
+        &["kv", "control", "schedule", "sim", "device", "attention", "model", "engine", "node", "ingress", "server"],
+    ),
 ];
 
 /// Modules that may import the fabric.

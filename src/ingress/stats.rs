@@ -43,7 +43,11 @@ impl IngressStats {
         counter("requests_taken_in", "Requests run for clients of other nodes", &self.taken_in);
         counter("requests_declined", "Times that another instance did not take a request", &self.declined);
         counter("requests_lost", "Requests that nobody could go on with after a loss", &self.failed);
-        counter("peer_requests_refused", "Requests of peers that were not sealed with this cluster's key", &self.strangers);
+        counter(
+            "peer_requests_refused",
+            "Requests of peers that were not sealed with this cluster's key",
+            &self.strangers,
+        );
         let help = "Times that a request went on after whoever ran it was lost, by how that showed";
         registry.register("requests_continued", help, self.continued.clone());
     }

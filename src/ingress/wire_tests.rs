@@ -54,14 +54,15 @@ fn frame() -> impl Strategy<Value = Frame> {
         Just(Said::Taken),
         Just(Said::Leaving),
         Just(Said::Refused(Rejected::Draining)),
-        any::<[u32; 2]>()
-            .prop_map(|[t, l]| Said::Refused(Rejected::TooLong { tokens: t as usize, limit: l as usize })),
+        any::<[u32; 2]>().prop_map(|[t, l]| Said::Refused(Rejected::TooLong { tokens: t as usize, limit: l as usize })),
         any::<u32>().prop_map(|n| Said::Refused(Rejected::Overloaded { waiting: n as usize })),
         any::<u32>().prop_map(|n| Said::Started { cached_tokens: n as usize }),
-        (any::<bool>(), vec(logprobs(), 0..9))
-            .prop_map(|(last, logprobs)| Said::PromptLogprobs { last, logprobs }),
-        (any::<u32>(), any::<u32>(), prop::option::of(logprobs()))
-            .prop_map(|(index, id, logprobs)| Said::Token { index, id, logprobs }),
+        (any::<bool>(), vec(logprobs(), 0..9)).prop_map(|(last, logprobs)| Said::PromptLogprobs { last, logprobs }),
+        (any::<u32>(), any::<u32>(), prop::option::of(logprobs())).prop_map(|(index, id, logprobs)| Said::Token {
+            index,
+            id,
+            logprobs
+        }),
         any::<bool>().prop_map(|stop| Said::Finished(if stop { FinishReason::Stop } else { FinishReason::Length })),
         "[a-zé ]{0,40}".prop_map(Said::Failed),
     ];

@@ -144,7 +144,8 @@ impl Setup {
 impl Cluster {
     pub fn submit(&self, prompt: Vec<u32>, max_tokens: usize, prompt_logprobs: bool) -> Stream {
         let sampling = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
-        let request = Request { prompt, sampling, max_tokens, stop_tokens: Vec::new(), prompt_logprobs, resume: Vec::new() };
+        let request =
+            Request { prompt, sampling, max_tokens, stop_tokens: Vec::new(), prompt_logprobs, resume: Vec::new() };
         self.node.handle().unwrap().submit(request).unwrap()
     }
 

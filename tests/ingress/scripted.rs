@@ -43,13 +43,7 @@ pub fn request(prompt: &[u32]) -> Request {
 }
 
 pub fn identity(instance: u64) -> Identity {
-    Identity {
-        instance: InstanceId(instance),
-        model: [3; 32],
-        vocab: VOCAB,
-        block_tokens: 16,
-        max_model_len: 4096,
-    }
+    Identity { instance: InstanceId(instance), model: [3; 32], vocab: VOCAB, block_tokens: 16, max_model_len: 4096 }
 }
 
 pub fn keys() -> Keys {
@@ -65,12 +59,7 @@ pub struct Engine {
 }
 
 impl Submit for Engine {
-    fn submit(
-        &self,
-        request: Request,
-        outputs: UnboundedSender<Output>,
-        _: Arc<AtomicBool>,
-    ) -> Result<(), Rejected> {
+    fn submit(&self, request: Request, outputs: UnboundedSender<Output>, _: Arc<AtomicBool>) -> Result<(), Rejected> {
         self.seen.lock().unwrap().push(request.clone());
         if let Some(rejected) = self.refuses.lock().unwrap().clone() {
             return Err(rejected);
