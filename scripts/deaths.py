@@ -223,7 +223,7 @@ class Lenders:
 class Runners:
     """What runs on an instance: requests, by its own word in the ledger."""
 
-    least = 2
+    least = 1
 
     def __init__(self, engine, victim):
         self.engine, self.victim = engine, victim

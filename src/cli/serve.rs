@@ -336,7 +336,7 @@ fn served_model(
             block_tokens: args.engine.block_tokens,
             max_model_len: max_len,
         };
-        let keys = || Keys::new(node.peer_key());
+        let keys = || Keys::new(peer_key(node, args.api_key.as_deref()));
         let directory = Arc::new(node.view().clone());
         let local = engine.clone();
         runner = Some(Arc::new(Runner::new(identity.clone(), local, keys(), directory.clone(), stats.clone())));
@@ -354,6 +354,14 @@ fn served_model(
         defaults,
     };
     Ok((model, runner))
+}
+
+/// The key between nodes. The API key is part of it, where there is one: a
+/// cluster's key that only comes of its name must be no way round it.
+fn peer_key(node: &Node, api_key: Option<&str>) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("distkv key between nodes of one api key v1");
+    hasher.update(&node.peer_key()).update(api_key.unwrap_or_default().as_bytes());
+    *hasher.finalize().as_bytes()
 }
 
 fn defaults(generation: &GenerationDefaults) -> SamplingParams {

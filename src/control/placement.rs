@@ -18,7 +18,7 @@ use crate::kv::rblock::InstanceId;
 /// less than computing a known beginning anew would.
 const BUSIER: (u32, u32) = (2, 8);
 /// Instances whose requests differ by no more are about as busy.
-const ABOUT: u32 = 4;
+const ABOUT: u32 = 2;
 /// The same as [`BUSIER`] of queues, where nobody has room.
 const LONGER: (u32, u32) = (2, 1);
 
@@ -204,7 +204,7 @@ mod tests {
             }
             counts
         };
-        let counts = count(&[load(90, 4, 0), load(90, 0, 0), load(90, 1, 0), load(90, 5, 0)]);
+        let counts = count(&[load(90, 2, 0), load(90, 0, 0), load(90, 1, 0), load(90, 3, 0)]);
         assert!(counts[..3].iter().all(|n| (1200..1470).contains(n)) && counts[3] == 0, "{counts:?}");
         // One that goes takes along only what belonged to it.
         let all = others(&[load(90, 0, 0); 5]);

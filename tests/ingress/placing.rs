@@ -95,6 +95,20 @@ fn what_would_be_too_many_requests_goes_elsewhere() {
 }
 
 #[test]
+fn the_api_key_holds_between_nodes_too() {
+    let dir = tempfile::tempdir().unwrap();
+    model(dir.path());
+    let cluster = name();
+    let node = Node::start(dir.path(), &cluster, 192, None, &[]);
+    let other = Node::start(dir.path(), &cluster, 4096, Some(&node), &["--api-key", "of clients"]);
+    node.knows(2);
+    let (status, answer) = node.post(&json!({"prompt": prompt(0, 220), "max_tokens": 5, "temperature": 0}));
+    assert_eq!((status, node.requests("placed_elsewhere")), (200, 0), "{answer}");
+    assert_eq!(node.requests("declined"), 1);
+    assert!(other.get("/metrics").contains("peer_requests_refused_total 1"));
+}
+
+#[test]
 fn nodes_of_another_model_are_not_asked() {
     let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     model(dir.path());
