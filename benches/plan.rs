@@ -37,6 +37,7 @@ fn main() {
             control: Vec::new(),
             creditor: Vec::new(),
             http: String::new(),
+            peers: None,
         };
         ledger.merge(Row {
             instance: InstanceId(i),

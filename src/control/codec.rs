@@ -87,6 +87,7 @@ impl Reader<'_> {
             control: self.list("control addresses", MAX_ADDRESSES, |r| r.string("control address"))?,
             creditor: self.list("creditor addresses", MAX_ADDRESSES, |r| r.string("creditor address"))?,
             http: self.string("http address")?,
+            peers: self.option("address for peers", |r| r.string("address for peers"))?,
         })
     }
 
@@ -225,6 +226,7 @@ impl Writer<'_> {
         self.list(&profile.control, MAX_ADDRESSES, |w, address| w.string(address));
         self.list(&profile.creditor, MAX_ADDRESSES, |w, address| w.string(address));
         self.string(&profile.http);
+        self.option(&profile.peers, |w, address| w.string(address));
     }
 }
 

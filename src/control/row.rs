@@ -85,6 +85,9 @@ pub struct Profile {
     pub creditor: Vec<String>,
     /// `host:port` of its HTTP server; empty without one.
     pub http: String,
+    /// `ip:port` at which other instances hand it requests; `None` where it
+    /// takes none in, or where they cannot reach its HTTP server.
+    pub peers: Option<String>,
 }
 
 /// How new a row is. Compared first by incarnation, then by version.

@@ -98,6 +98,8 @@ pub struct RowEntry {
     pub host: u64,
     /// Address of its HTTP server; empty without one.
     pub http: String,
+    /// Address at which other instances hand it requests, if it takes any in.
+    pub peers: Option<String>,
     /// Fingerprint of its model, hexadecimal.
     pub model: Option<String>,
     /// Version of the row.
@@ -140,6 +142,7 @@ impl From<&Row> for RowEntry {
             rank: profile.rank,
             host: profile.host,
             http: profile.http.clone(),
+            peers: profile.peers.clone(),
             model: profile.model.map(|m| m.iter().map(|byte| format!("{byte:02x}")).collect()),
             version: row.stamp.version,
             service: row.service,
@@ -208,6 +211,11 @@ pub struct LinkEntry {
     pub age_ms: u64,
     /// Round trip of a heartbeat, microseconds, smoothed; where one was sent.
     pub rtt_us: Option<u32>,
+}
+
+/// The instance that everything outside shows as `id`.
+pub fn instance(id: &str) -> Option<InstanceId> {
+    u64::from_str_radix(id, 16).ok().map(InstanceId)
 }
 
 /// As everything outside shows an id.

@@ -98,6 +98,11 @@ impl ClusterView {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).0.clone()
     }
 
+    /// What `read` makes of the ledger as of a moment ago, without a copy of it.
+    pub fn with<R>(&self, read: impl FnOnce(&LedgerView) -> R) -> R {
+        read(&self.0.lock().unwrap_or_else(PoisonError::into_inner).0)
+    }
+
     /// Nothing is lent or borrowed any more, and nothing will be.
     pub fn drained(&self) -> bool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).1

@@ -129,6 +129,7 @@ impl Control {
             control: vec![address(identity.slot)],
             creditor: vec![format!("lane-{}", identity.slot)],
             http: String::new(),
+            peers: None,
         };
         // As many as a cluster's operator would name.
         let others = (0..identity.instances).filter(|slot| *slot != identity.slot).take(3);

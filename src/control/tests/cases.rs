@@ -43,6 +43,7 @@ fn profile(address: &str) -> Profile {
         control: vec![address.into()],
         creditor: vec!["somewhere".into()],
         http: String::new(),
+        peers: None,
     }
 }
 

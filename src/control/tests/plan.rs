@@ -23,6 +23,7 @@ fn row(instance: u64, total: u32, free: u32) -> Row {
         control: Vec::new(),
         creditor: Vec::new(),
         http: String::new(),
+        peers: None,
     };
     Row {
         instance: InstanceId(instance),
