@@ -21,7 +21,7 @@ use rand_chacha::ChaCha8Rng;
 pub use super::config::{Config, ConfigError};
 use super::debts::Debts;
 pub use super::debts::{BorrowError, Loan};
-pub use super::event::{ControlStats, Input, LocalStats, Note, Output};
+pub use super::event::{ControlStats, Input, LocalStats, Note, Output, Slack};
 use super::gossip::{Gossip, pace};
 use super::ledger::Ledger;
 use super::links::{Links, Route};
@@ -183,6 +183,29 @@ impl Controller {
         self.announced.keys().filter_map(|instance| self.gossip.ledger().get(*instance))
     }
 
+    /// What others have of memory, and what of it is wanted.
+    pub fn slack(&self) -> Slack {
+        let Some(shape) = self.config.shape else { return Slack::default() };
+        let mut slack = Slack::default();
+        for row in self.creditors() {
+            let free = row.lendable(&shape);
+            slack.free += free as usize;
+            slack.spare += if row.waiting == 0 { free as usize } else { 0 };
+            slack.cap += if row.shape == Some(shape) { row.lend_cap() } else { free } as usize;
+        }
+        // One prompt at a time, so that two do not each gather a half: of those
+        // that want memory the one whose instance has the least name is first.
+        let own = (self.local.wanted > 0).then_some((self.config.instance, 0));
+        let others = self.creditors().filter(|row| row.wanted > 0).map(|row| (row.instance, row.wanted));
+        if let Some((_, wanted)) = others.chain(own).min() {
+            // All lend to it but itself, whose cap is taken to be like ours.
+            let (mine, lent) = (u64::from(self.rmanager.lend_cap()), self.rmanager.lent());
+            let share = (u64::from(wanted) * mine).div_ceil((slack.cap as u64).max(1));
+            slack.hold = (share.min(mine) as usize).saturating_sub(lent as usize);
+        }
+        slack
+    }
+
     /// Everything known, for people.
     pub fn view(&self, now: Duration) -> LedgerView {
         let me = self.config.instance;
@@ -276,6 +299,9 @@ impl Controller {
         let Some((host, endpoints)) = self.creditor(instance) else { return };
         if self.announced.get(&instance) != Some(&life) {
             self.announced.insert(instance, life);
+            if host == self.config.profile.host {
+                self.debts.near.insert(instance);
+            }
             self.outputs.push_back(Output::CreditorUp { instance, host, endpoints });
         }
     }
@@ -452,6 +478,7 @@ impl Controller {
         self.gossip.forget(instance);
         self.news.remove(&instance);
         self.outputs.push_back(Output::Note(Note::Down(instance)));
+        self.debts.near.remove(&instance);
         if self.announced.remove(&instance).is_some() {
             self.outputs.push_back(Output::CreditorDown { instance });
         }
@@ -615,6 +642,7 @@ impl Controller {
             borrowed: self.debts.borrowed(),
             running: self.local.running,
             waiting: self.local.waiting,
+            wanted: self.local.wanted,
             tokens_s: self.local.tokens_s,
             perf: self.local.perf,
             links,

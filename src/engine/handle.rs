@@ -136,6 +136,9 @@ pub struct EngineStats {
     pub running: usize,
     /// Requests in the queue.
     pub waiting: usize,
+    /// rBlocks that the first of them needs of others, being too long for this
+    /// instance alone; else 0.
+    pub wanted: usize,
     /// Local rBlocks in all.
     pub blocks_total: usize,
     /// Of these free.

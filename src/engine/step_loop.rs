@@ -16,6 +16,7 @@ use super::requests::{Clients, LogitTap, Verdict};
 use crate::attention::debtor::{BlockMove, Debtor, LaneState, RemotePart};
 use crate::attention::exchange::ExchangeStats;
 use crate::attention::wire::{LoanView, Placement, PlanEntry};
+use crate::control::controller::Slack;
 use crate::control::perf::Fit;
 use crate::device::Device;
 use crate::kv::pool::KvPool;
@@ -102,13 +103,8 @@ pub enum Command {
         /// Which.
         loans: Vec<(InstanceId, LoanId)>,
     },
-    /// What creditors have free, and what they could lend at most.
-    Lendable {
-        /// rBlocks free to be lent now.
-        free: usize,
-        /// rBlocks lent at most, when nothing is.
-        cap: usize,
-    },
+    /// What creditors have free, and what others wait for.
+    Slack(Slack),
     /// Memory that had been lent from this instance's pool came back.
     MemoryReturned,
     /// Finish nothing more; end.
@@ -360,9 +356,10 @@ where
                     self.scheduler.lose(creditor, Some(loan));
                 }
             }
-            Command::Lendable { free, cap } => {
+            Command::Slack(Slack { free, spare, cap, hold }) => {
                 self.shared.reach.store(self.pool.blocks() as usize + cap, Ordering::Relaxed);
-                self.scheduler.set_lendable(free);
+                self.scheduler.set_lendable(free, cap);
+                self.scheduler.set_slack(spare, hold);
             }
             Command::MemoryReturned => self.scheduler.memory_changed(),
             Command::Stop => self.stopped = true,
@@ -526,6 +523,7 @@ where
         let mut stats = self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner);
         stats.running = self.scheduler.running();
         stats.waiting = self.scheduler.waiting();
+        stats.wanted = self.scheduler.wanted();
         stats.blocks_borrowed = self.scheduler.borrowed();
         stats.preemptions = self.scheduler.preemptions();
         stats.cached_tokens = self.scheduler.cached_tokens();

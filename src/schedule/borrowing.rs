@@ -66,13 +66,15 @@ impl Scheduler {
             self.asks.push(ask);
         } else if s.short {
             self.wait_or_begin_anew(index);
-        } else if alone {
+        } else if alone && need > self.reach() {
             let message = format!(
                 "the prompt needs {need} rBlocks of KV memory; this node has {pool_blocks}, and borrowing failed: {reason}"
             );
             self.fail(seq, message);
         } else {
             self.put_back(index);
+            // Others use what it needs. It is tried again when they are heard of.
+            (self.blocked, self.refused_alone) = (true, true);
         }
     }
 

@@ -104,7 +104,8 @@ impl World {
     }
 
     fn tell(&mut self) {
-        self.scheduler.set_lendable(self.lenders.values().sum());
+        let free = self.lenders.values().sum();
+        self.scheduler.set_lendable(free, free);
     }
 
     fn add(&mut self, id: SeqId, prompt: Vec<u32>, generate: usize) {

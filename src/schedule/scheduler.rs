@@ -84,6 +84,15 @@ pub struct Scheduler {
     pub(super) lendable: usize,
     /// What we were told of that last.
     reported: usize,
+    /// rBlocks that creditors lend at most.
+    lend_cap: usize,
+    /// What was alone here was refused what the cluster could hold: it is tried
+    /// again with the next news.
+    pub(super) refused_alone: bool,
+    /// Of `lendable`, what creditors have that have no prompt waiting.
+    spare: usize,
+    /// rBlocks to keep free here for another instance's prompt.
+    hold: usize,
     /// Admission failed for want of memory; not tried again until some is
     /// released or lent.
     pub(super) blocked: bool,
@@ -116,6 +125,10 @@ impl Scheduler {
             asks: Vec::new(),
             lendable: 0,
             reported: 0,
+            lend_cap: 0,
+            refused_alone: false,
+            spare: usize::MAX,
+            hold: 0,
             blocked: false,
             preemptions: 0,
             recoveries: 0,
@@ -232,12 +245,38 @@ impl Scheduler {
         self.asks.drain(..)
     }
 
-    /// Tells how many rBlocks creditors have free, by our latest knowledge.
-    pub fn set_lendable(&mut self, blocks: usize) {
-        if blocks > self.reported {
+    /// Tells how many rBlocks creditors have free, by our latest knowledge, and
+    /// how many they lend at most.
+    pub fn set_lendable(&mut self, blocks: usize, cap: usize) {
+        if blocks > self.reported || cap != self.lend_cap || std::mem::take(&mut self.refused_alone) {
             self.blocked = false;
         }
-        (self.lendable, self.reported) = (blocks, blocks);
+        (self.lendable, self.reported, self.lend_cap) = (blocks, blocks, cap);
+    }
+
+    /// Tells what others wait for: of the lendable rBlocks `spare` are with
+    /// creditors that have no prompt waiting; and `hold` are to be kept free
+    /// here, because a prompt elsewhere is too long for its instance and waits
+    /// for all of us. Without a word all is spare and none to be kept.
+    pub fn set_slack(&mut self, spare: usize, hold: usize) {
+        if spare > self.spare || hold < self.hold {
+            self.blocked = false;
+        }
+        (self.spare, self.hold) = (spare, hold);
+    }
+
+    /// rBlocks that the first waiting prompt needs of creditors, being too long
+    /// for this instance; 0 where it is not.
+    pub fn wanted(&self) -> usize {
+        let pool = self.pool.blocks() as usize;
+        let need = self.waiting.front().map_or(0, |s| self.pool.shape().blocks_for(s.tokens.len() + 1));
+        if need > pool { need - (pool - pool / 4) } else { 0 }
+    }
+
+    /// rBlocks that this instance and its creditors have at most, whoever uses
+    /// them now: what needs more can never run.
+    pub(super) fn reach(&self) -> usize {
+        self.pool.blocks() as usize + self.lend_cap
     }
 
     /// Memory may have come free by other hands (a loan repaid to us).
@@ -271,11 +310,27 @@ impl Scheduler {
             let missing = need - s.table.len();
             let available = self.obtainable().saturating_sub(self.promised());
             let pool_blocks = self.pool.blocks() as usize;
-            if missing <= available {
+            let first = self.admitted.is_empty();
+            // What is kept for a long prompt elsewhere is not for those that
+            // would fit at any time, or it would never find enough. Whoever is
+            // idle goes on all the same.
+            let hold = if first { 0 } else { self.hold };
+            // Of a borrowed prompt what is kept here carries its chunks as well:
+            // with less than a chunk's worth each step computes a few rows only,
+            // for as long as the prompt lasts. So rather a little later.
+            let chunk = (self.config.chunk_rows / s.table.block_tokens() as usize).max(MIN_LOCAL_BLOCKS);
+            let share = available.saturating_sub(pool_blocks / 4).max(chunk.min(available));
+            let room =
+                available >= if first { MIN_LOCAL_BLOCKS } else { chunk.min(pool_blocks / 4).max(MIN_LOCAL_BLOCKS) };
+            // What fits here once others are done waits for that, unless there
+            // is a creditor who has no use for the memory: where all have
+            // prompts waiting, borrowing lets one in, keeps another out, and
+            // adds an exchange to each of its steps.
+            let worth = first || need > pool_blocks || missing.saturating_sub(share) <= self.spare;
+            if missing + hold <= available {
                 s.local_goal = need;
                 s.phase = Phase::Running;
-            } else if self.lendable > 0 && available >= MIN_LOCAL_BLOCKS {
-                let share = available.saturating_sub(pool_blocks / 4).max(MIN_LOCAL_BLOCKS);
+            } else if self.lendable > 0 && room && worth && hold == 0 {
                 s.local_goal = s.table.len() + share;
                 s.phase = Phase::Borrowing;
                 self.asks.push(s.ask(missing - share));
@@ -291,9 +346,10 @@ impl Scheduler {
                     self.waiting.push_front(s);
                     continue;
                 }
-                if alone && self.lendable == 0 && self.pool.table().counts().lent == 0 {
+                if alone && need > self.reach() {
                     let message = format!(
-                        "the prompt needs {need} rBlocks of KV memory; this node has {pool_blocks} and nobody lends"
+                        "the prompt needs {need} rBlocks of KV memory; this node has {pool_blocks}, others lend at most {}",
+                        self.lend_cap
                     );
                     self.asks.push(Ask::Fail { seq: s.id, message });
                     continue;

@@ -169,7 +169,11 @@ impl Sequence {
     /// is `local`; the rBlock's ways out, to the loan and to its copy.
     pub(super) fn spill(&mut self, index: usize, local: BlockRef) -> Option<[Option<Spill>; 2]> {
         let tokens = self.table.block_tokens();
-        let loan = self.loans.iter_mut().find(|l| l.assigned < l.blocks.len())?;
+        // The one that is least full: so each creditor holds its share of every
+        // stretch of the context, and all attend at once from the first chunk on.
+        let fuller =
+            |a: &&mut HeldLoan, b: &&mut HeldLoan| (a.assigned * b.blocks.len()).cmp(&(b.assigned * a.blocks.len()));
+        let loan = self.loans.iter_mut().filter(|l| l.assigned < l.blocks.len()).min_by(fuller)?;
         let k = loan.assigned;
         loan.assigned += 1;
         let spill = |(creditor, loan, block), copy| Spill {
