@@ -58,6 +58,7 @@ fn row() -> impl Strategy<Value = Row> {
             borrowed: n[2],
             running: n[3],
             waiting: n[4],
+            wanted: n[5] / 2,
             tokens_s: n[5],
             perf,
             links,

@@ -125,6 +125,9 @@ pub struct Row {
     pub running: u32,
     /// Requests in the queue.
     pub waiting: u32,
+    /// rBlocks that its first waiting request needs of others, being too long
+    /// for it alone; else 0.
+    pub wanted: u32,
     /// Tokens generated a second, smoothed.
     pub tokens_s: u32,
     /// How its steps take time, as fitted; `None` before it has run enough.

@@ -152,6 +152,9 @@ pub struct EngineStats {
     pub waiting: usize,
     /// Requests submitted of late, which may or may not have to wait.
     pub queued: usize,
+    /// rBlocks that the first of them needs of others, being too long for this
+    /// instance alone; else 0.
+    pub wanted: usize,
     /// Local rBlocks in all.
     pub blocks_total: usize,
     /// Of these free.

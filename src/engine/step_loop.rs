@@ -17,6 +17,7 @@ use crate::attention::debtor::{BlockMove, Debtor, LaneState, RemotePart};
 use crate::attention::exchange::ExchangeStats;
 use crate::attention::fetch::Landed;
 use crate::attention::wire::{LoanView, Placement, PlanEntry};
+use crate::control::controller::Slack;
 use crate::control::perf::Fit;
 use crate::device::Device;
 use crate::kv::moves::{Errand, Held};
@@ -114,13 +115,8 @@ pub enum Command {
         /// Which.
         loans: Vec<(InstanceId, LoanId)>,
     },
-    /// What creditors have free, and what they could lend at most.
-    Lendable {
-        /// rBlocks free to be lent now.
-        free: usize,
-        /// rBlocks lent at most, when nothing is.
-        cap: usize,
-    },
+    /// What creditors have free, and what others wait for.
+    Slack(Slack),
     /// The loans of a creditor are in force until then, at least.
     LeaseUntil {
         /// Whose.
@@ -399,9 +395,10 @@ where
                     self.scheduler.lose(creditor, Some(loan));
                 }
             }
-            Command::Lendable { free, cap } => {
+            Command::Slack(Slack { free, spare, cap, hold }) => {
                 self.shared.reach.store(self.pool.blocks() as usize + cap, Ordering::Relaxed);
                 self.scheduler.set_lendable(free, cap);
+                self.scheduler.set_slack(spare, hold);
             }
             Command::LeaseUntil { creditor, until } => self.debtor.lease_until(creditor, until),
             Command::Moves(errands) => self.scheduler.direct(errands),
@@ -619,6 +616,7 @@ where
         self.shared.queued.fetch_sub(std::mem::take(&mut self.taken), Ordering::Relaxed);
         stats.running = self.scheduler.running();
         stats.waiting = self.scheduler.waiting();
+        stats.wanted = self.scheduler.wanted();
         stats.blocks_borrowed = self.scheduler.borrowed();
         stats.preemptions = self.scheduler.preemptions();
         stats.cached_tokens = self.scheduler.cached_tokens();

@@ -467,6 +467,7 @@ impl Assembly {
             LocalStats {
                 running: stats.running as u32,
                 waiting: stats.waiting as u32,
+                wanted: stats.wanted as u32,
                 tokens_s: rate.of(Instant::now(), stats.generated_tokens),
                 perf: stats.perf.map(PerfModel::rounded),
             }
