@@ -37,6 +37,7 @@ fn main() {
             control: Vec::new(),
             creditor: Vec::new(),
             http: String::new(),
+            peers: None,
         };
         ledger.merge(Row {
             instance: InstanceId(i),
@@ -51,6 +52,7 @@ fn main() {
             // Half of them idle: whoever generates loses by attending for another.
             running: if i % 2 == 0 { 0 } else { 8 },
             waiting: if rng.random_bool(0.3) { 5 } else { 0 },
+            wanted: 0,
             tokens_s: 1000,
             perf: Some(perf),
             links: Vec::new(),

@@ -176,6 +176,7 @@ def main():
     parser.add_argument("--faults", default=None)
     parser.add_argument("--netns", action="store_true")
     parser.add_argument("--replicas", default="1")
+    parser.add_argument("--ingress", action="store_true")
     args = parser.parse_args()
     faults = (args.faults or ("kill,stop,cut" if args.netns else "kill,stop")).split(",")
     if "cut" in faults and not args.netns:
@@ -197,17 +198,67 @@ def main():
         hosts.close()
 
 
+class Lenders:
+    """What lies with a lender: rBlocks of the loans that have been there for a
+    while, and so hold something."""
+
+    least = 4
+
+    def __init__(self, engine, victim):
+        self.engine, self.victim, self.seen = engine, victim, {}
+
+    def holds(self):
+        loans = [l for l in self.engine.cluster()["loans"] if l["creditor"] == self.victim.instance]
+        now = time.monotonic()
+        return sum(l["blocks"] for l in loans if now - self.seen.setdefault(l["id"], now) >= 1.0)
+
+    @staticmethod
+    def figures(engine):
+        recovery = engine.cluster()["recovery"]
+        return recovery["recoveries"], recovery["recomputed_tokens"]
+
+    said = "{held} rBlocks lay there", "{} recovered, {} tokens computed again"
+
+
+class Runners:
+    """What runs on an instance: requests, by its own word in the ledger."""
+
+    least = 1
+
+    def __init__(self, engine, victim):
+        self.engine, self.victim = engine, victim
+
+    def holds(self):
+        mine = lambda i: i["id"] == self.victim.instance
+        return sum(i["running"] or 0 for i in self.engine.cluster()["instances"] if mine(i))
+
+    @staticmethod
+    def figures(engine):
+        requests = engine.cluster()["requests"]
+        if requests["lost"]:
+            sys.exit(f"error: {requests['lost']} requests were given up")
+        return requests["placed_elsewhere"], requests["continued"]
+
+    said = "{held} of them there", "placed {} times, continued {} times"
+
+
 def run(args, faults, hosts, folder, nodes):
-    engine = Node(hosts, 0, folder, args.bin, [
-        "--model", args.model, "--kv-memory", str(1024 * TOKEN_BYTES), "--max-sequences", "32", "--threads", "1",
-        # So that what is computed again is what was there before, to 1e-6: rounded
-        # to bf16 it may fall on the other side, and with it a token that leads by
-        # a hair.
-        "--math", "exact", "--kv-dtype", "f32", "--kv-replicas", args.replicas])
+    # In exact arithmetic, so that what is computed again is what was there
+    # before, to 1e-6: rounded to bf16 it may fall on the other side, and with it
+    # a token that leads by a hair.
+    model = lambda tokens: ["--model", args.model, "--kv-memory", str(tokens * TOKEN_BYTES), "--max-sequences", "32",
+                            "--threads", "1", "--math", "exact", "--kv-dtype", "f32"]
+    if args.ingress:
+        # Too small for any of the requests, so that all run elsewhere; and where
+        # their keys and values lie is the other script's matter.
+        engine = Node(hosts, 0, folder, args.bin, [*model(256), "--lend", "0"])
+        other, kind = [*model(4096), "--lend", "0"], Runners
+    else:
+        engine = Node(hosts, 0, folder, args.bin, [*model(1024), "--kv-replicas", args.replicas])
+        other, kind = ["--no-model", "--kv-memory", str(3072 * TOKEN_BYTES)], Lenders
     nodes.append(engine)
     for i in range(1, LENDERS + 1):
-        nodes.append(Node(hosts, i, folder, args.bin, [
-            "--no-model", "--kv-memory", str(3072 * TOKEN_BYTES), "--join", engine.fabric]))
+        nodes.append(Node(hosts, i, folder, args.bin, [*other, "--join", engine.fabric]))
     known = lambda: sum(i["state"] is not None for i in engine.cluster()["instances"])
     until("all nodes to be known", lambda: known() == LENDERS + 1)
 
@@ -216,7 +267,7 @@ def run(args, faults, hosts, folder, nodes):
     prompts = [text[i * 613 % (len(text) - size):][:size] for i in range(args.streams)]
     start = lambda: [Stream(engine.url, prompt, args.tokens) for prompt in prompts]
     settled = lambda: not engine.cluster()["loans"] and all(
-        i["blocks_lent"] in (0, None) for i in engine.cluster()["instances"])
+        i["blocks_lent"] in (0, None) and not (args.ingress and i["running"]) for i in engine.cluster()["instances"])
 
     started = time.monotonic()
     streams = start()
@@ -231,20 +282,13 @@ def run(args, faults, hosts, folder, nodes):
     for fault in faults:
         for victim in nodes[1:1 + args.victims]:
             until("all loans to be repaid", settled)
-            before = engine.cluster()["recovery"]
+            before = kind.figures(engine)
             streams = start()
-            seen = {}
-
-            def owes(age=1.0):
-                """rBlocks of the loans that have been there for a while, and so hold something."""
-                loans = [l for l in engine.cluster()["loans"] if l["creditor"] == victim.instance]
-                now = time.monotonic()
-                return sum(l["blocks"] for l in loans if now - seen.setdefault(l["id"], now) >= age)
-
-            until("the victim to lend, and streams to flow",
-                  lambda: owes() >= 4 and any(s.pieces > 2 for s in streams) or not any(s.is_alive() for s in streams),
-                  180)
-            lost, running = owes(), sum(s.is_alive() for s in streams)
+            watched = kind(engine, victim)
+            until("the victim to be needed, and streams to flow",
+                  lambda: watched.holds() >= kind.least and any(s.pieces > 2 for s in streams)
+                  or not any(s.is_alive() for s in streams), 180)
+            held, running = watched.holds(), sum(s.is_alive() for s in streams)
             if fault == "kill":
                 victim.signal(signal.SIGKILL)
                 victim.process.wait()
@@ -256,11 +300,9 @@ def run(args, faults, hosts, folder, nodes):
                 threading.Timer(5, hosts.wire, [victim.i, True]).start()
             name = f"{fault} of node {victim.i}"
             stall = finish(streams, reference, name)
-            after = engine.cluster()["recovery"]
-            print(f"{name}: {running} streams were running, {lost} rBlocks lay there; all completed, the same text; "
-                  f"{after['recoveries'] - before['recoveries']} recovered, "
-                  f"{after['recomputed_tokens'] - before['recomputed_tokens']} tokens computed again; "
-                  f"longest stall {stall:.2f} s", flush=True)
+            change = [b - a for a, b in zip(before, kind.figures(engine))]
+            print(f"{name}: {running} streams were running, {kind.said[0].format(held=held)}; all completed, the same "
+                  f"text; {kind.said[1].format(*change)}; longest stall {stall:.2f} s", flush=True)
             if fault == "kill":
                 until("the dead to be known as such", lambda: known() == LENDERS)
                 victim.start()

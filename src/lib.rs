@@ -9,6 +9,7 @@ pub mod codec;
 pub mod control;
 pub mod device;
 pub mod engine;
+pub mod ingress;
 pub mod kv;
 pub mod model;
 pub mod node;

@@ -51,8 +51,12 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("model", &["kv", "device", "attention"]),
     ("engine", &["kv", "control", "schedule", "device", "attention", "model"]),
     ("node", &["kv", "control", "schedule", "device", "attention", "model", "engine"]),
-    ("server", &["kv", "control", "schedule", "device", "attention", "model", "engine", "node"]),
-    ("cli", &["kv", "control", "schedule", "sim", "device", "attention", "model", "engine", "node", "server"]),
+    ("ingress", &["codec", "kv", "control", "model", "engine", "node"]),
+    ("server", &["kv", "control", "schedule", "device", "attention", "model", "engine", "node", "ingress"]),
+    (
+        "cli",
+        &["kv", "control", "schedule", "sim", "device", "attention", "model", "engine", "node", "ingress", "server"],
+    ),
 ];
 
 /// Modules that may import the fabric.

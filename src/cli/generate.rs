@@ -115,8 +115,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         stop_tokens.clear();
     }
     let prompt_len = prompt.len();
-    let request =
-        Request { prompt, sampling, max_tokens: args.max_tokens as usize, stop_tokens, prompt_logprobs: false };
+    let request = Request {
+        prompt,
+        sampling,
+        max_tokens: args.max_tokens as usize,
+        stop_tokens,
+        prompt_logprobs: false,
+        resume: Vec::new(),
+    };
     let handle = node.handle().ok_or_else(|| anyhow!("the node runs no model"))?;
     let started = Instant::now();
     let mut stream = handle.submit(request).map_err(|e| anyhow!(e))?;

@@ -229,6 +229,7 @@ impl FabricOptions {
             join: Vec::new(),
             fabric_listen,
             http: String::new(),
+            peers: None,
             fabric: self.fabric,
             lend,
             creditor_threads,

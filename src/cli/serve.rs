@@ -15,7 +15,8 @@ use super::options::{Bytes, EngineOptions, FabricOptions, open_model};
 use crate::attention::exchange::Stage;
 use crate::control::message::Role;
 use crate::control::view::LedgerView;
-use crate::engine::EngineStats;
+use crate::engine::{EngineHandle, EngineStats};
+use crate::ingress::{Identity, Ingress, IngressStats, Keys, Runner};
 use crate::model::hf::GenerationDefaults;
 use crate::model::load::ModelFiles;
 use crate::model::sampler::SamplingParams;
@@ -66,6 +67,10 @@ pub struct Args {
     /// Key that clients must send as a bearer token.
     #[arg(long, env = "DISTKV_API_KEY", hide_env_values = true)]
     api_key: Option<String>,
+    /// Where requests run: on the instance that the ledger says has room, or
+    /// always here. With `local` none is taken in for other nodes either.
+    #[arg(long, env = "DISTKV_PLACE", value_enum, default_value_t)]
+    place: Placing,
     /// Other members to wait for before the node is ready.
     #[arg(long, env = "DISTKV_MIN_MEMBERS", default_value_t = 0)]
     min_members: usize,
@@ -73,6 +78,16 @@ pub struct Args {
     engine: EngineOptions,
     #[command(flatten)]
     fabric: FabricOptions,
+}
+
+/// Where requests run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+enum Placing {
+    /// Where the ledger says that there is room, here if it is all the same.
+    #[default]
+    Ledger,
+    /// On the node that they were sent to.
+    Local,
 }
 
 fn share(text: &str) -> Result<f64, String> {
@@ -105,8 +120,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     // Taken before the model is loaded: a port in use is found out at once, and
     // /health answers while weights load.
     let listener = runtime.block_on(TcpListener::bind(listen)).with_context(|| format!("--listen {listen}"))?;
-    let http = listener.local_addr()?.to_string();
-    let config = node_config(&args, rank.as_ref(), http)?;
+    let config = node_config(&args, rank.as_ref(), listener.local_addr()?)?;
 
     let files = args.model.as_deref().map(open_model).transpose()?;
     let kv_bytes = kv_bytes(&args, files.as_ref())?;
@@ -189,7 +203,7 @@ async fn terminated() {
     }
 }
 
-fn node_config(args: &Args, rank: Option<&Rank>, http: String) -> anyhow::Result<NodeConfig> {
+fn node_config(args: &Args, rank: Option<&Rank>, http: SocketAddr) -> anyhow::Result<NodeConfig> {
     let mut join: Vec<String> = args.join.clone();
     let mut fabric = args.fabric_listen.unwrap_or(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0));
     if let Some(rank) = rank
@@ -219,7 +233,8 @@ fn node_config(args: &Args, rank: Option<&Rank>, http: String) -> anyhow::Result
     let mut config =
         args.fabric.node(fabric, lend, args.creditor_threads.into(), !args.engine.no_pin && rank.is_none())?;
     config.rank = rank.map_or(0, |r| r.rank);
-    config.http = http;
+    config.http = http.to_string();
+    config.peers = peer_address(args, http, fabric.ip());
     config.join = join
         .iter()
         .map(|text| {
@@ -229,6 +244,24 @@ fn node_config(args: &Args, rank: Option<&Rank>, http: String) -> anyhow::Result
         })
         .collect::<anyhow::Result<_>>()?;
     Ok(config)
+}
+
+/// Where other nodes hand requests to this one, if they can.
+fn peer_address(args: &Args, http: SocketAddr, fabric: IpAddr) -> Option<SocketAddr> {
+    if args.no_model || args.place == Placing::Local {
+        return None;
+    }
+    if http.ip().is_unspecified() {
+        return Some(SocketAddr::new(fabric, http.port()));
+    }
+    if http.ip().is_loopback() && !fabric.is_loopback() {
+        eprintln!(
+            "distkv: --listen {http} is out of other nodes' reach: this node takes no requests in for them; give \
+             --listen an address of the network, or --place local"
+        );
+        return None;
+    }
+    Some(http)
 }
 
 /// Our address on the interface that leads to `target`. Nothing is sent.
@@ -266,14 +299,19 @@ fn state(
     node: &Node,
     ready: Arc<AtomicBool>,
 ) -> anyhow::Result<Arc<ServerState>> {
-    let model = match files {
-        Some(files) => Some(served_model(args, files, node)?),
-        None => None,
+    let ingress = IngressStats::default();
+    let (model, runner) = match files {
+        Some(files) => {
+            let (model, runner) = served_model(args, files, node, &ingress)?;
+            (Some(model), runner)
+        }
+        None => (None, None),
     };
     let (view, stats, me) = (node.view().clone(), node.stats_source(), node.instance().to_string());
     let name = model.as_ref().map(|m| m.name.clone());
     let exchange = node.exchange().clone();
     let cluster_stats = stats.clone();
+    let requests = ingress.clone();
     let cluster = Arc::new(move || {
         let mut cluster = cluster_json(&view, &cluster_stats(), &me, name.as_deref());
         let stages = exchange.histograms();
@@ -301,27 +339,62 @@ fn state(
             "unreplicated_blocks": stats.unreplicated_blocks,
             "partials_rejected": stats.partials_rejected,
         });
+        cluster["requests"] = requests.json();
         cluster
     });
     let state = ServerState::new(model, stats, cluster, ready).with_api_key(args.api_key.as_deref());
+    let state = state.with_runner(runner);
+    state.metrics().register(|registry| ingress.register(registry));
     Ok(Arc::new(state))
 }
 
-fn served_model(args: &Args, files: ModelFiles, node: &Node) -> anyhow::Result<Model> {
+/// The model as clients ask for it, and what runs it for other nodes.
+fn served_model(
+    args: &Args,
+    files: ModelFiles,
+    node: &Node,
+    stats: &IngressStats,
+) -> anyhow::Result<(Model, Option<Arc<Runner>>)> {
     let tokenizer = files.tokenizer.ok_or_else(|| anyhow!("the model has no tokenizer: HTTP clients send text"))?;
-    let engine = node.handle().cloned().ok_or_else(|| anyhow!("the node runs no model"))?;
+    let mut engine = node.handle().cloned().ok_or_else(|| anyhow!("the node runs no model"))?;
     let defaults = defaults(&files.generation);
     defaults.validate().map_err(|e| anyhow!("generation_config: {e}"))?;
-    Ok(Model {
+    let max_len = args.engine.max_model_len.unwrap_or(files.config.max_positions);
+    let mut runner = None;
+    if let (Placing::Ledger, Some(model)) = (args.place, node.model()) {
+        let identity = Identity {
+            instance: node.instance(),
+            model,
+            vocab: files.config.vocab,
+            block_tokens: args.engine.block_tokens,
+            max_model_len: max_len,
+        };
+        let keys = || Keys::new(peer_key(node, args.api_key.as_deref()));
+        let directory = Arc::new(node.view().clone());
+        let local = engine.clone();
+        runner = Some(Arc::new(Runner::new(identity.clone(), local, keys(), directory.clone(), stats.clone())));
+        let ingress = Ingress::new(identity, Arc::new(engine), keys(), directory, stats.clone());
+        engine = EngineHandle::new(Arc::new(ingress));
+    }
+    let model = Model {
         engine,
         text: Arc::new(ModelText::new(tokenizer, files.chat)),
         name: args.served_model_name.clone().unwrap_or_else(|| files.name.clone()),
         aliases: if args.served_model_name.is_some() { vec![files.name] } else { Vec::new() },
-        max_len: args.engine.max_model_len.unwrap_or(files.config.max_positions),
+        max_len,
         vocab: files.config.vocab,
         eos: files.config.eos,
         defaults,
-    })
+    };
+    Ok((model, runner))
+}
+
+/// The key between nodes. The API key is part of it, where there is one: a
+/// cluster's key that only comes of its name must be no way round it.
+fn peer_key(node: &Node, api_key: Option<&str>) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("distkv key between nodes of one api key v1");
+    hasher.update(&node.peer_key()).update(api_key.unwrap_or_default().as_bytes());
+    *hasher.finalize().as_bytes()
 }
 
 fn defaults(generation: &GenerationDefaults) -> SamplingParams {
@@ -360,6 +433,7 @@ fn cluster_json(view: &ClusterView, stats: &EngineStats, me: &str, model: Option
                     Some(Role::Lender) | None => Value::Null,
                 },
                 "http": row.map(|r| &r.http),
+                "peers": row.and_then(|r| r.peers.as_ref()),
                 "life": i.life,
                 "row_version": row.map(|r| r.version),
                 "state": row.map(|r| r.service),

@@ -153,14 +153,13 @@ fn render(cluster: &Value) -> String {
             }),
         );
     }
-    for section in ["moves", "recovery"] {
-        if let Some(figures) = cluster[section].as_object().filter(|map| map.values().any(|n| *n != 0)) {
-            out += &format!("\n{section}:");
-            for (name, value) in figures {
-                out += &format!(" {} {}", clean(name), text(value));
-            }
-            out += "\n";
+    for name in ["moves", "recovery", "requests"] {
+        let Some(figures) = cluster[name].as_object().filter(|map| map.values().any(|n| *n != 0)) else { continue };
+        out += &format!("\n{name}:");
+        for (name, value) in figures {
+            out += &format!(" {} {}", clean(name), text(value));
         }
+        out += "\n";
     }
     out
 }
@@ -294,6 +293,7 @@ mod tests {
                            "why": "creditor_leaves", "because": "it is draining"}],
             "moves": {"sent_blocks": 0, "fetched_blocks": 12},
             "recovery": {"recoveries": 1, "recomputed_tokens": 48},
+            "requests": {"placed_elsewhere": 3, "continued": 1},
         });
         let expected = "\
 2 instances as a knows them: 1128 rBlocks (18048 tokens), 934 free (14944 tokens), 70 lent; 1 running, 0 waiting
@@ -317,6 +317,8 @@ PLANNED  REQUEST  BLOCKS  FROM      TO    WHY              BECAUSE
 moves: sent_blocks 0 fetched_blocks 12
 
 recovery: recoveries 1 recomputed_tokens 48
+
+requests: placed_elsewhere 3 continued 1
 ";
         let shown = render(&cluster);
         assert_eq!(shown, expected, "\n{shown}");

@@ -61,6 +61,7 @@ impl Reader<'_> {
             borrowed: self.u32("row")?,
             running: self.u32("row")?,
             waiting: self.u32("row")?,
+            wanted: self.u32("row")?,
             tokens_s: self.u32("row")?,
             perf: self.option("performance model", |r| {
                 let mut ns = || Some(f32::from_bits(r.u32("performance model").ok()?)).filter(|ns| *ns >= 0.0);
@@ -87,6 +88,7 @@ impl Reader<'_> {
             control: self.list("control addresses", MAX_ADDRESSES, |r| r.string("control address"))?,
             creditor: self.list("creditor addresses", MAX_ADDRESSES, |r| r.string("creditor address"))?,
             http: self.string("http address")?,
+            peers: self.option("address for peers", |r| r.string("address for peers"))?,
         })
     }
 
@@ -203,7 +205,9 @@ impl Writer<'_> {
             w.u64(debt.debtor.0);
             w.u32(debt.blocks);
         });
-        [row.borrowed, row.running, row.waiting, row.tokens_s].into_iter().for_each(|count| self.u32(count));
+        [row.borrowed, row.running, row.waiting, row.wanted, row.tokens_s]
+            .into_iter()
+            .for_each(|count| self.u32(count));
         self.option(&row.perf, |w, perf| {
             [perf.fixed_ns, perf.row_ns, perf.key_ns].into_iter().for_each(|ns| w.u32(ns.to_bits()));
         });
@@ -225,6 +229,7 @@ impl Writer<'_> {
         self.list(&profile.control, MAX_ADDRESSES, |w, address| w.string(address));
         self.list(&profile.creditor, MAX_ADDRESSES, |w, address| w.string(address));
         self.string(&profile.http);
+        self.option(&profile.peers, |w, address| w.string(address));
     }
 }
 

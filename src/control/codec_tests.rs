@@ -30,9 +30,9 @@ fn row() -> impl Strategy<Value = Row> {
         [0f32..1e9, 0f32..1e9, 0f32..1e9].prop_map(|[fixed_ns, row_ns, key_ns]| PerfModel { fixed_ns, row_ns, key_ns });
     let profile = (
         (any::<bool>(), prop::option::of(any::<[u8; 32]>()), any::<u64>(), any::<u32>(), address()),
-        (vec(address(), 0..=MAX_ADDRESSES), vec(address(), 0..=MAX_ADDRESSES)),
+        (vec(address(), 0..=MAX_ADDRESSES), vec(address(), 0..=MAX_ADDRESSES), prop::option::of(address())),
     )
-        .prop_map(|((engine, model, host, rank, http), (control, creditor))| Profile {
+        .prop_map(|((engine, model, host, rank, http), (control, creditor, peers))| Profile {
             role: if engine { Role::Engine } else { Role::Lender },
             model,
             host,
@@ -40,6 +40,7 @@ fn row() -> impl Strategy<Value = Row> {
             control,
             creditor,
             http,
+            peers,
         });
     let lists =
         (vec(tier, 0..=MAX_TIERS), vec(debt, 0..=MAX_DEBTORS), vec(link, 0..=MAX_LINKS), prop::option::of(perf));
@@ -57,6 +58,7 @@ fn row() -> impl Strategy<Value = Row> {
             borrowed: n[2],
             running: n[3],
             waiting: n[4],
+            wanted: n[5] / 2,
             tokens_s: n[5],
             perf,
             links,

@@ -72,7 +72,7 @@ impl Config {
                 return Err(ConfigError::Addresses(list.len()));
             }
         }
-        let addresses = profile.control.iter().chain(&profile.creditor).chain([&profile.http]);
+        let addresses = profile.control.iter().chain(&profile.creditor).chain([&profile.http]).chain(&profile.peers);
         match addresses.into_iter().find(|address| address.len() > MAX_ADDRESS) {
             Some(address) => Err(ConfigError::Address(address.clone())),
             None if self.heartbeat.is_zero() || self.lost_after <= self.heartbeat => Err(ConfigError::Times),

@@ -21,7 +21,7 @@ use rand_chacha::ChaCha8Rng;
 pub use super::config::{Config, ConfigError};
 use super::debts::Debts;
 pub use super::debts::{BorrowError, Loan};
-pub use super::event::{ControlStats, Input, LocalStats, Note, Output};
+pub use super::event::{ControlStats, Input, LocalStats, Note, Output, Slack};
 use super::gossip::{Gossip, pace};
 use super::ledger::Ledger;
 use super::links::{Links, Route};
@@ -31,7 +31,6 @@ use super::rmanager::RManager;
 use super::row::{MAX_DEBTORS, MAX_LINKS, Row, Stamp, TierRow};
 use super::seal::{NONCE_BYTES, Seal};
 use super::swim::{Change, Member, Swim};
-use super::view::{DebtEntry, InstanceEntry, LedgerView, LinkEntry, LoanEntry, RowEntry, id};
 use crate::kv::rblock::InstanceId;
 
 /// A row that matters to others (memory lent or given back) is told this long
@@ -191,60 +190,27 @@ impl Controller {
         self.announced.keys().filter_map(|instance| self.gossip.ledger().get(*instance))
     }
 
-    /// Everything known, for people.
-    pub fn view(&self, now: Duration) -> LedgerView {
-        let me = self.config.instance;
-        let ms = |since: Duration| now.saturating_sub(since).as_millis() as u64;
-        let decisions = self.planning.view(now);
-        let mut view = LedgerView { control: self.stats(), decisions, ..LedgerView::default() };
-        let own = self.row();
-        view.instances.push(InstanceEntry {
-            id: id(me),
-            me: true,
-            life: self.swim.me().life,
-            row: Some(RowEntry::from(&own)),
-            row_age_ms: 0,
-        });
-        view.debts.extend(own.debts.iter().map(|debt| DebtEntry::new(me, debt)));
-        for member in self.swim.up().values() {
-            let row = self.gossip.ledger().get(member.instance);
-            view.instances.push(InstanceEntry {
-                id: id(member.instance),
-                me: false,
-                life: member.life,
-                row: row.map(RowEntry::from),
-                row_age_ms: self.news.get(&member.instance).map_or(0, |at| ms(*at)),
-            });
-            let debts = row.map_or(&[][..], |row| &row.debts);
-            view.debts.extend(debts.iter().map(|debt| DebtEntry::new(member.instance, debt)));
+    /// What others have of memory, and what of it is wanted.
+    pub fn slack(&self) -> Slack {
+        let Some(shape) = self.config.shape else { return Slack::default() };
+        let mut slack = Slack::default();
+        for row in self.creditors() {
+            let free = row.lendable(&shape);
+            slack.free += free as usize;
+            slack.spare += if row.waiting == 0 { free as usize } else { 0 };
+            slack.cap += if row.shape == Some(shape) { row.lend_cap() } else { free } as usize;
         }
-        view.loans.extend(self.rmanager.loans().map(|record| LoanEntry {
-            creditor: id(me),
-            debtor: id(record.debtor),
-            loan: record.loan,
-            epoch: record.epoch,
-            request: record.request,
-            blocks: record.blocks.len() as u32,
-        }));
-        view.loans.extend(self.debts.loans().map(|loan| LoanEntry {
-            creditor: id(loan.creditor),
-            debtor: id(me),
-            loan: loan.loan,
-            epoch: loan.epoch,
-            request: loan.request,
-            blocks: loan.blocks.len() as u32,
-        }));
-        view.links.extend(self.links.open().values().filter_map(|link| {
-            let peer = link.instance?;
-            Some(LinkEntry {
-                from: id(me),
-                to: id(peer),
-                dialed: link.dialed.clone(),
-                age_ms: ms(link.opened),
-                rtt_us: self.links.rtt_us(peer),
-            })
-        }));
-        view
+        // One prompt at a time, so that two do not each gather a half: of those
+        // that want memory the one whose instance has the least name is first.
+        let own = (self.local.wanted > 0).then_some((self.config.instance, 0));
+        let others = self.creditors().filter(|row| row.wanted > 0).map(|row| (row.instance, row.wanted));
+        if let Some((_, wanted)) = others.chain(own).min() {
+            // All lend to it but itself, whose cap is taken to be like ours.
+            let (mine, lent) = (u64::from(self.rmanager.lend_cap()), self.rmanager.lent());
+            let share = (u64::from(wanted) * mine).div_ceil((slack.cap as u64).max(1));
+            slack.hold = (share.min(mine) as usize).saturating_sub(lent as usize);
+        }
+        slack
     }
 
     // ---- datagrams --------------------------------------------------------------
@@ -285,6 +251,9 @@ impl Controller {
         let Some((host, endpoints)) = self.creditor(instance) else { return };
         if self.announced.get(&instance) != Some(&life) {
             self.announced.insert(instance, life);
+            if host == self.config.profile.host {
+                self.debts.near.insert(instance);
+            }
             self.outputs.push_back(Output::CreditorUp { instance, host, endpoints });
         }
     }
@@ -483,6 +452,7 @@ impl Controller {
         self.gossip.forget(instance);
         self.news.remove(&instance);
         self.outputs.push_back(Output::Note(Note::Down(instance)));
+        self.debts.near.remove(&instance);
         if self.announced.remove(&instance).is_some() {
             self.outputs.push_back(Output::CreditorDown { instance });
         }
@@ -620,7 +590,7 @@ impl Controller {
         }
     }
 
-    fn row(&self) -> Row {
+    pub(super) fn row(&self) -> Row {
         let pool = self.rmanager.pool();
         let total = pool.as_ref().map_or(0, |pool| pool.blocks());
         let mut debts = self.rmanager.debts();
@@ -646,6 +616,7 @@ impl Controller {
             borrowed: self.debts.borrowed(),
             running: self.local.running,
             waiting: self.local.waiting,
+            wanted: self.local.wanted,
             tokens_s: self.local.tokens_s,
             perf: self.local.perf,
             links,

@@ -114,6 +114,8 @@ pub struct Debts {
     tickets: BTreeMap<u64, Ask>,
     borrowings: BTreeMap<u64, Borrowing>,
     loans: BTreeMap<(InstanceId, LoanId), Loan>,
+    /// Creditors on this instance's own host.
+    pub(super) near: BTreeSet<InstanceId>,
 }
 
 impl Debts {
@@ -176,7 +178,7 @@ impl Debts {
         // Whoever is to be avoided is taken to have refused.
         let borrowing = Borrowing { wanted, refused: avoid.iter().copied().collect(), ..Borrowing::default() };
         let others = borrowing.others(lendable);
-        let shares = choose(wanted, &others).map_err(|lendable| BorrowError::Short { wanted, lendable })?;
+        let shares = choose(wanted, &others, &self.near).map_err(|lendable| BorrowError::Short { wanted, lendable })?;
         self.borrowings.insert(request, borrowing);
         Ok(self.ask(until, request, shares))
     }
@@ -321,7 +323,7 @@ impl Debts {
         };
         borrowing.refused.insert(ask.creditor);
         let others = borrowing.others(lendable);
-        match choose(ask.blocks, &others) {
+        match choose(ask.blocks, &others, &self.near) {
             Ok(shares) => (Progress::Waiting, self.ask(until, ask.request, shares)),
             Err(lendable) => {
                 let wanted = borrowing.wanted;
@@ -352,19 +354,42 @@ impl Debts {
     }
 }
 
-/// Whom to ask for how much: the freest first, over several where one cannot
-/// do it alone. `Err`: what all can lend together.
-pub fn choose(wanted: u32, lendable: &BTreeMap<InstanceId, u32>) -> Result<Vec<(InstanceId, u32)>, u32> {
+/// Least rBlocks of a loan's part, where a loan that one creditor could give
+/// alone is taken from several. Every row's query goes to each of them, so a
+/// part must be worth more attention than its query takes on the wire.
+const MIN_PART: u32 = 512;
+
+/// Whom to ask for how much. Those in `near`, on the same host, come first, and
+/// a large loan is taken from several of them, from each by what it has free: so
+/// they attend to it at the same time, and none is emptied for the others' sake.
+/// Of those further off, to whom queries are dear, as few as will do: the freest.
+/// `Err`: what all can lend together.
+pub fn choose(
+    wanted: u32,
+    lendable: &BTreeMap<InstanceId, u32>,
+    near: &BTreeSet<InstanceId>,
+) -> Result<Vec<(InstanceId, u32)>, u32> {
     let mut creditors: Vec<_> = lendable.iter().map(|(i, n)| (*i, *n)).filter(|(_, n)| *n > 0).collect();
-    creditors.sort_by_key(|(instance, blocks)| (std::cmp::Reverse(*blocks), *instance));
+    creditors.sort_by_key(|(instance, blocks)| (!near.contains(instance), std::cmp::Reverse(*blocks), *instance));
+    let near = creditors.iter().filter(|(instance, _)| near.contains(instance));
+    let together: Vec<_> = near.take((wanted / MIN_PART) as usize).map(|(_, blocks)| u64::from(*blocks)).collect();
+    let mut free: u64 = together.iter().sum();
+    let mut shared = u64::from(wanted).min(free);
     let mut left = wanted;
     let mut shares = Vec::new();
-    for (instance, blocks) in creditors {
-        if left == 0 {
-            break;
+    for (index, (instance, blocks)) in creditors.into_iter().enumerate() {
+        let share = match together.get(index) {
+            // Never more than it has, as `shared` is never more than `free`.
+            Some(its) => {
+                let share = (shared * its).div_ceil(free);
+                (shared, free) = (shared - share, free - its);
+                share as u32
+            }
+            None => blocks.min(left),
+        };
+        if share > 0 {
+            shares.push((instance, share));
         }
-        let share = blocks.min(left);
-        shares.push((instance, share));
         left -= share;
     }
     if left == 0 { Ok(shares) } else { Err(wanted - left) }
@@ -389,5 +414,17 @@ mod tests {
         assert_eq!(asks[0].creditor, InstanceId(1));
         let short = BorrowError::Short { wanted: 31, lendable: 30 };
         assert_eq!(debts.borrow(until, 8, 31, &lendable, &[InstanceId(1)]), Err(short));
+    }
+
+    #[test]
+    fn a_large_loan_is_spread_over_those_nearby_and_a_small_one_is_not() {
+        let lendable: BTreeMap<_, _> =
+            [(1, 9000), (2, 2000), (3, 4000), (4, 8000)].map(|(i, n)| (InstanceId(i), n)).into();
+        let near: BTreeSet<_> = [2, 3, 4].map(InstanceId).into();
+        let choose = |wanted| choose(wanted, &lendable, &near).map(|s| s.iter().map(|(i, n)| (i.0, *n)).collect());
+        assert_eq!(choose(300), Ok(vec![(4, 300)]));
+        assert_eq!(choose(7000), Ok(vec![(4, 4000), (3, 2000), (2, 1000)]));
+        assert_eq!(choose(14_100), Ok(vec![(4, 8000), (3, 4000), (2, 2000), (1, 100)]));
+        assert_eq!(choose(30_000), Err(23_000));
     }
 }

@@ -17,6 +17,9 @@ pub struct LocalStats {
     pub running: u32,
     /// Requests in the queue.
     pub waiting: u32,
+    /// rBlocks that the first of them needs of others, being too long for this
+    /// instance alone; else 0.
+    pub wanted: u32,
     /// Tokens generated a second, smoothed.
     pub tokens_s: u32,
     /// How its steps take time, once that is known.
@@ -193,6 +196,20 @@ pub enum Output {
     Note(Note),
     /// Draining is done: nothing is lent or borrowed.
     Drained,
+}
+
+/// Memory elsewhere, by the ledger, in rBlocks of the instance's shape.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Slack {
+    /// Free, and may be lent.
+    pub free: usize,
+    /// Of that, with members that have no prompt waiting.
+    pub spare: usize,
+    /// Lent at most.
+    pub cap: usize,
+    /// To be kept free here for a prompt elsewhere that is too long for its
+    /// instance.
+    pub hold: usize,
 }
 
 /// Things worth a line in the log.

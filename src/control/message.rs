@@ -9,7 +9,7 @@ use crate::kv::rblock::{BlockIndex, InstanceId, KvShape, LoanId};
 pub use super::codec::DecodeError;
 
 /// Version of the wire format; a peer of another is refused.
-pub const VERSION: u8 = 2;
+pub const VERSION: u8 = 3;
 /// Most loans renewed by one heartbeat; more go in further heartbeats.
 pub const MAX_RENEWALS: usize = 1024;
 /// Most block ranges of one grant; what is more scattered is refused.

@@ -6,7 +6,8 @@
 //! [`ledger`] (what is known of all instances, a [`row`] each), [`rmanager`]
 //! (what this instance lends), [`debts`] (what it borrows), [`message`] (what is
 //! said), [`seal`] (who is heard), [`plan`] and [`perf`] (what should move, and
-//! what that is judged by), [`view`] (what people see).
+//! what that is judged by), [`placement`] (where a request runs), [`view`] (what
+//! people see).
 
 mod borrowing;
 mod codec;
@@ -19,6 +20,7 @@ pub mod ledger;
 mod links;
 pub mod message;
 pub mod perf;
+pub mod placement;
 pub mod plan;
 mod planning;
 pub mod rmanager;

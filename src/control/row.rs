@@ -85,6 +85,9 @@ pub struct Profile {
     pub creditor: Vec<String>,
     /// `host:port` of its HTTP server; empty without one.
     pub http: String,
+    /// `ip:port` at which other instances hand it requests; `None` where it
+    /// takes none in, or where they cannot reach its HTTP server.
+    pub peers: Option<String>,
 }
 
 /// How new a row is. Compared first by incarnation, then by version.
@@ -122,6 +125,9 @@ pub struct Row {
     pub running: u32,
     /// Requests in the queue.
     pub waiting: u32,
+    /// rBlocks that its first waiting request needs of others, being too long
+    /// for it alone; else 0.
+    pub wanted: u32,
     /// Tokens generated a second, smoothed.
     pub tokens_s: u32,
     /// How its steps take time, as fitted; `None` before it has run enough.

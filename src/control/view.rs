@@ -1,8 +1,11 @@
 //! The global debt ledger as one instance sees it, for `/cluster`, `status`
 //! and people.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
+use super::controller::Controller;
 use super::event::ControlStats;
 use super::message::{Role, Service};
 use super::perf::PerfModel;
@@ -98,6 +101,8 @@ pub struct RowEntry {
     pub host: u64,
     /// Address of its HTTP server; empty without one.
     pub http: String,
+    /// Address at which other instances hand it requests, if it takes any in.
+    pub peers: Option<String>,
     /// Fingerprint of its model, hexadecimal.
     pub model: Option<String>,
     /// Version of the row.
@@ -132,6 +137,64 @@ pub struct RowEntry {
     pub links: Vec<LinkRow>,
 }
 
+impl Controller {
+    /// Everything known, for people.
+    pub fn view(&self, now: Duration) -> LedgerView {
+        let me = self.config.instance;
+        let ms = |since: Duration| now.saturating_sub(since).as_millis() as u64;
+        let decisions = self.planning.view(now);
+        let mut view = LedgerView { control: self.stats(), decisions, ..LedgerView::default() };
+        let own = self.row();
+        view.instances.push(InstanceEntry {
+            id: id(me),
+            me: true,
+            life: self.swim.me().life,
+            row: Some(RowEntry::from(&own)),
+            row_age_ms: 0,
+        });
+        view.debts.extend(own.debts.iter().map(|debt| DebtEntry::new(me, debt)));
+        for member in self.swim.up().values() {
+            let row = self.gossip.ledger().get(member.instance);
+            view.instances.push(InstanceEntry {
+                id: id(member.instance),
+                me: false,
+                life: member.life,
+                row: row.map(RowEntry::from),
+                row_age_ms: self.news.get(&member.instance).map_or(0, |at| ms(*at)),
+            });
+            let debts = row.map_or(&[][..], |row| &row.debts);
+            view.debts.extend(debts.iter().map(|debt| DebtEntry::new(member.instance, debt)));
+        }
+        view.loans.extend(self.rmanager.loans().map(|record| LoanEntry {
+            creditor: id(me),
+            debtor: id(record.debtor),
+            loan: record.loan,
+            epoch: record.epoch,
+            request: record.request,
+            blocks: record.blocks.len() as u32,
+        }));
+        view.loans.extend(self.debts.loans().map(|loan| LoanEntry {
+            creditor: id(loan.creditor),
+            debtor: id(me),
+            loan: loan.loan,
+            epoch: loan.epoch,
+            request: loan.request,
+            blocks: loan.blocks.len() as u32,
+        }));
+        view.links.extend(self.links.open().values().filter_map(|link| {
+            let peer = link.instance?;
+            Some(LinkEntry {
+                from: id(me),
+                to: id(peer),
+                dialed: link.dialed.clone(),
+                age_ms: ms(link.opened),
+                rtt_us: self.links.rtt_us(peer),
+            })
+        }));
+        view
+    }
+}
+
 impl From<&Row> for RowEntry {
     fn from(row: &Row) -> Self {
         let profile = &row.profile;
@@ -140,6 +203,7 @@ impl From<&Row> for RowEntry {
             rank: profile.rank,
             host: profile.host,
             http: profile.http.clone(),
+            peers: profile.peers.clone(),
             model: profile.model.map(|m| m.iter().map(|byte| format!("{byte:02x}")).collect()),
             version: row.stamp.version,
             service: row.service,
@@ -208,6 +272,11 @@ pub struct LinkEntry {
     pub age_ms: u64,
     /// Round trip of a heartbeat, microseconds, smoothed; where one was sent.
     pub rtt_us: Option<u32>,
+}
+
+/// The instance that everything outside shows as `id`.
+pub fn instance(id: &str) -> Option<InstanceId> {
+    u64::from_str_radix(id, 16).ok().map(InstanceId)
 }
 
 /// As everything outside shows an id.

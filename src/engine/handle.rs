@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
 
 use crate::control::perf::PerfModel;
@@ -10,7 +11,7 @@ use crate::model::sampler::{SamplingParams, TokenLogprobs};
 
 /// A request as the engine takes it: tokens in, tokens out. Text, stop strings
 /// and templates are the caller's.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Request {
     /// Prompt, at least one token.
     pub prompt: Vec<u32>,
@@ -22,6 +23,9 @@ pub struct Request {
     pub stop_tokens: Vec<u32>,
     /// Report logprobs of the prompt's tokens too (OpenAI's echo + logprobs).
     pub prompt_logprobs: bool,
+    /// Tokens generated already, where this goes on with a request that was
+    /// broken off: they count towards `max_tokens`, and are not emitted again.
+    pub resume: Vec<u32>,
 }
 
 /// Why a generation ended.
@@ -35,7 +39,7 @@ pub enum FinishReason {
 
 /// What a request yields, in order: `Started`, `Token`s, then `Finished` or
 /// `Failed`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Output {
     /// The prompt is being computed.
     Started {
@@ -125,6 +129,16 @@ pub trait Submit: Send + Sync {
         outputs: mpsc::UnboundedSender<Output>,
         cancelled: Arc<AtomicBool>,
     ) -> Result<(), Rejected>;
+    /// As [`submit`](Self::submit), for a request that need not run here:
+    /// resolves once somebody has taken it.
+    fn place(
+        &self,
+        request: Request,
+        outputs: mpsc::UnboundedSender<Output>,
+        cancelled: Arc<AtomicBool>,
+    ) -> BoxFuture<'_, Result<(), Rejected>> {
+        Box::pin(std::future::ready(self.submit(request, outputs, cancelled)))
+    }
     /// Figures for `/metrics` and `/cluster`.
     fn stats(&self) -> EngineStats;
 }
@@ -134,8 +148,13 @@ pub trait Submit: Send + Sync {
 pub struct EngineStats {
     /// Requests in the batch.
     pub running: usize,
-    /// Requests in the queue.
+    /// Requests in the queue: there was no room for them yet.
     pub waiting: usize,
+    /// Requests submitted of late, which may or may not have to wait.
+    pub queued: usize,
+    /// rBlocks that the first of them needs of others, being too long for this
+    /// instance alone; else 0.
+    pub wanted: usize,
     /// Local rBlocks in all.
     pub blocks_total: usize,
     /// Of these free.
@@ -173,6 +192,31 @@ pub struct EngineStats {
     pub perf: Option<PerfModel>,
 }
 
+/// So that something can stand before an engine and be taken for it.
+impl Submit for EngineHandle {
+    fn submit(
+        &self,
+        request: Request,
+        outputs: mpsc::UnboundedSender<Output>,
+        cancelled: Arc<AtomicBool>,
+    ) -> Result<(), Rejected> {
+        self.inner.submit(request, outputs, cancelled)
+    }
+
+    fn place(
+        &self,
+        request: Request,
+        outputs: mpsc::UnboundedSender<Output>,
+        cancelled: Arc<AtomicBool>,
+    ) -> BoxFuture<'_, Result<(), Rejected>> {
+        self.inner.place(request, outputs, cancelled)
+    }
+
+    fn stats(&self) -> EngineStats {
+        self.inner.stats()
+    }
+}
+
 impl EngineHandle {
     /// A handle on `inner`.
     pub fn new(inner: Arc<dyn Submit>) -> Self {
@@ -185,6 +229,16 @@ impl EngineHandle {
         let cancelled = Arc::new(AtomicBool::new(false));
         self.inner.submit(request, sender, cancelled.clone())?;
         Ok(Stream { outputs, cancelled })
+    }
+
+    /// Has a request run, here or on another instance.
+    pub async fn place(&self, request: Request) -> Result<Stream, Rejected> {
+        let (sender, outputs) = mpsc::unbounded_channel();
+        let cancelled = Arc::new(AtomicBool::new(false));
+        // Made first: a caller that stops waiting cancels.
+        let stream = Stream { outputs, cancelled: cancelled.clone() };
+        self.inner.place(request, sender, cancelled).await?;
+        Ok(stream)
     }
 
     /// A moment's figures.

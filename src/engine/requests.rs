@@ -51,10 +51,10 @@ impl Clients {
         let client = Client {
             outputs,
             cancelled,
-            sampler: Sampler::new(&request.sampling, &request.prompt, rand::random()),
+            sampler: Sampler::resumed(&request.sampling, &request.prompt, &request.resume, rand::random()),
             stop_tokens: request.stop_tokens.clone(),
             max_tokens: request.max_tokens,
-            generated: 0,
+            generated: request.resume.len(),
             started: false,
             prompt_logprobs: request.prompt_logprobs.then(Vec::new),
         };

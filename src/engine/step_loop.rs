@@ -17,6 +17,7 @@ use crate::attention::debtor::{BlockMove, Debtor, LaneState, RemotePart};
 use crate::attention::exchange::ExchangeStats;
 use crate::attention::fetch::Landed;
 use crate::attention::wire::{LoanView, Placement, PlanEntry};
+use crate::control::controller::Slack;
 use crate::control::perf::Fit;
 use crate::device::Device;
 use crate::kv::moves::{Errand, Held};
@@ -114,13 +115,8 @@ pub enum Command {
         /// Which.
         loans: Vec<(InstanceId, LoanId)>,
     },
-    /// What creditors have free, and what they could lend at most.
-    Lendable {
-        /// rBlocks free to be lent now.
-        free: usize,
-        /// rBlocks lent at most, when nothing is.
-        cap: usize,
-    },
+    /// What creditors have free, and what others wait for.
+    Slack(Slack),
     /// The loans of a creditor are in force until then, at least.
     LeaseUntil {
         /// Whose.
@@ -146,7 +142,7 @@ struct Shared {
     block_tokens: usize,
     /// rBlocks here and, at most, with creditors.
     reach: AtomicUsize,
-    /// Requests submitted and not yet taken.
+    /// Requests submitted that the published figures do not count yet.
     queued: AtomicUsize,
     pool: Arc<KvPool>,
     exchange: Arc<ExchangeStats>,
@@ -163,7 +159,7 @@ impl Submit for Shared {
             return Err(Rejected::Draining);
         }
         let limit = self.max_model_len.min(self.reach.load(Ordering::Relaxed) * self.block_tokens);
-        let tokens = request.prompt.len() + 1;
+        let tokens = request.prompt.len() + request.resume.len() + 1;
         if tokens > limit {
             return Err(Rejected::TooLong { tokens, limit });
         }
@@ -181,6 +177,7 @@ impl Submit for Shared {
     fn stats(&self) -> EngineStats {
         let counts = self.pool.table().counts();
         let mut stats = self.stats.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        stats.queued = self.queued.load(Ordering::Relaxed);
         stats.blocks_total = counts.total as usize;
         stats.blocks_free = counts.free as usize;
         stats.blocks_lent = (counts.lent + counts.reserved) as usize;
@@ -213,6 +210,8 @@ pub struct Engine<D: Device> {
     plans: bool,
     fetches: Vec<Fetch>,
     next_seq: SeqId,
+    /// Requests taken since the figures were published.
+    taken: usize,
     max_model_len: usize,
     batch: Batch,
     moves: Vec<Spill>,
@@ -299,6 +298,7 @@ where
             plans: config.schedule.move_blocks > 0,
             fetches: Vec::new(),
             next_seq: 1,
+            taken: 0,
             max_model_len: config.max_model_len,
             batch: Batch::default(),
             moves: Vec::new(),
@@ -349,19 +349,24 @@ where
     fn command(&mut self, command: Command) {
         match command {
             Command::Submit { request, outputs, cancelled } => {
-                self.shared.queued.fetch_sub(1, Ordering::Relaxed);
+                self.taken += 1;
                 let seq = self.next_seq;
                 self.next_seq += 1;
                 self.clients.add(seq, &request, outputs, cancelled);
-                if let Some(&bad) = request.prompt.iter().find(|&&t| t as usize >= self.model.config().vocab) {
-                    let vocab = self.model.config().vocab;
+                let vocab = self.model.config().vocab;
+                if let Some(&bad) = request.prompt.iter().chain(&request.resume).find(|&&t| t as usize >= vocab) {
                     return self.clients.fail(seq, format!("token {bad} is outside the vocabulary of {vocab}"));
                 }
                 if request.prompt.is_empty() {
                     return self.clients.fail(seq, "the prompt has no token".into());
                 }
+                if request.resume.len() >= request.max_tokens {
+                    let generated = request.resume.len();
+                    return self.clients.fail(seq, format!("all {generated} tokens have been generated already"));
+                }
                 let limit = request.prompt.len().saturating_add(request.max_tokens).min(self.max_model_len);
-                let sequence = self.scheduler.sequence(seq, request.prompt, limit, request.prompt_logprobs);
+                let mut sequence = self.scheduler.sequence(seq, request.prompt, limit, request.prompt_logprobs);
+                sequence.tokens.extend_from_slice(&request.resume);
                 self.scheduler.add(sequence);
             }
             Command::Granted { seq, loans } => {
@@ -390,9 +395,10 @@ where
                     self.scheduler.lose(creditor, Some(loan));
                 }
             }
-            Command::Lendable { free, cap } => {
+            Command::Slack(Slack { free, spare, cap, hold }) => {
                 self.shared.reach.store(self.pool.blocks() as usize + cap, Ordering::Relaxed);
                 self.scheduler.set_lendable(free, cap);
+                self.scheduler.set_slack(spare, hold);
             }
             Command::LeaseUntil { creditor, until } => self.debtor.lease_until(creditor, until),
             Command::Moves(errands) => self.scheduler.direct(errands),
@@ -604,10 +610,13 @@ where
         }
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
         let mut stats = self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        // Not before: in between they would be in no figure.
+        self.shared.queued.fetch_sub(std::mem::take(&mut self.taken), Ordering::Relaxed);
         stats.running = self.scheduler.running();
         stats.waiting = self.scheduler.waiting();
+        stats.wanted = self.scheduler.wanted();
         stats.blocks_borrowed = self.scheduler.borrowed();
         stats.preemptions = self.scheduler.preemptions();
         stats.cached_tokens = self.scheduler.cached_tokens();

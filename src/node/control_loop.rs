@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use distkv_fabric::{Address, Event, PeerId, Transport, Waker};
 
 use super::datagrams::Datagrams;
-use crate::control::controller::{Controller, Input, Loan, LocalStats, Note, Output};
+use crate::control::controller::{Controller, Input, Loan, LocalStats, Note, Output, Slack};
 use crate::control::view::LedgerView;
 use crate::engine::{Command, GrantedLoan, Treasury};
 use crate::kv::moves::Held;
@@ -96,6 +96,11 @@ impl ClusterView {
     /// The ledger as of a moment ago.
     pub fn ledger(&self) -> LedgerView {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).0.clone()
+    }
+
+    /// What `read` makes of the ledger as of a moment ago, without a copy of it.
+    pub fn with<R>(&self, read: impl FnOnce(&LedgerView) -> R) -> R {
+        read(&self.0.lock().unwrap_or_else(PoisonError::into_inner).0)
     }
 
     /// Nothing is lent or borrowed any more, and nothing will be.
@@ -307,18 +312,15 @@ impl ControlLoop {
 
     /// Tells the engine what could be borrowed, and when lent memory is back.
     fn report_memory(&mut self, now: Duration, state: &mut State) {
-        let Some(shape) = &self.shape else { return };
-        let lent = self.controller.rmanager().lent();
-        let (mut free, mut cap) = (0, 0);
-        for row in self.controller.creditors() {
-            let lendable = row.lendable(shape);
-            free += lendable as usize;
-            cap += if row.shape.as_ref() == Some(shape) { row.lend_cap() } else { lendable } as usize;
+        if self.shape.is_none() {
+            return;
         }
+        let lent = self.controller.rmanager().lent();
+        let slack = self.controller.slack();
         let again = state.retell.take_if(|at| *at <= now).is_some();
-        if (free, cap) != state.lendable || again {
-            state.lendable = (free, cap);
-            self.tell_engine(Command::Lendable { free, cap });
+        if slack != state.slack || again {
+            state.slack = slack;
+            self.tell_engine(Command::Slack(slack));
         }
         if lent < state.lent {
             self.tell_engine(Command::MemoryReturned);
@@ -340,7 +342,7 @@ struct State {
     creditors: BTreeMap<InstanceId, Creditor>,
     dialing: BTreeMap<u64, String>,
     events: Vec<Happened>,
-    lendable: (usize, usize),
+    slack: Slack,
     /// When the engine is to be told of it again.
     retell: Option<Duration>,
     lent: u32,
@@ -355,7 +357,7 @@ impl State {
             creditors: BTreeMap::new(),
             dialing: BTreeMap::new(),
             events: Vec::new(),
-            lendable: (0, 0),
+            slack: Slack::default(),
             retell: None,
             lent: 0,
             drained: false,

@@ -76,6 +76,8 @@ pub struct NodeConfig {
     pub fabric_listen: SocketAddr,
     /// `host:port` of the HTTP server, for others to show.
     pub http: String,
+    /// `ip:port` at which other nodes hand it requests, if it takes any in.
+    pub peers: Option<SocketAddr>,
     /// Transports of the lanes.
     pub fabric: FabricChoice,
     /// Share of the pool that may be lent, 0 ..= 1.
@@ -169,6 +171,8 @@ pub struct Node {
     wakers: Vec<Waker>,
     threads: Vec<JoinHandle<()>>,
     describe: String,
+    model: Option<[u8; 32]>,
+    peer_key: [u8; KEY_BYTES],
 }
 
 /// Fewest blocks with which an engine can do anything.
@@ -316,6 +320,16 @@ impl Node {
         &self.creditor_stats
     }
 
+    /// Fingerprint of the model, where the node runs one.
+    pub fn model(&self) -> Option<[u8; 32]> {
+        self.model
+    }
+
+    /// A key for what nodes of this cluster say to each other of requests.
+    pub fn peer_key(&self) -> [u8; KEY_BYTES] {
+        self.peer_key
+    }
+
     /// For people: what it runs on.
     pub fn describe(&self) -> &str {
         &self.describe
@@ -395,6 +409,7 @@ impl Assembly {
             control: vec![control.address().0],
             creditor: creditors.iter().map(|t| t.address().0).collect(),
             http: config.http.clone(),
+            peers: config.peers.map(|address| address.to_string()),
         };
         let cluster = derive("distkv cluster id v1", &config.cluster);
         let key = config.key.unwrap_or_else(|| derive("distkv cluster key from its name v1", &config.cluster));
@@ -434,7 +449,10 @@ impl Assembly {
             let (stop, spin) = (stop.clone(), config.tuning.spin);
             threads.push(std::thread::Builder::new().name(name).spawn(move || creditor.run(&stop, spin))?);
         }
-        let instance = self.config.instance;
+        let (instance, model) = (self.config.instance, self.config.profile.model);
+        let mut peer_key = blake3::Hasher::new_derive_key("distkv key between ingress and runner v1");
+        peer_key.update(&self.config.key).update(&self.config.cluster);
+        let peer_key = *peer_key.finalize().as_bytes();
         let control_address = self.config.profile.control[0].clone();
         let (shape, host) = (self.config.shape, self.config.profile.host);
         let controller = Controller::new(self.config, self.rmanager, rand::random())?;
@@ -449,6 +467,7 @@ impl Assembly {
             LocalStats {
                 running: stats.running as u32,
                 waiting: stats.waiting as u32,
+                wanted: stats.wanted as u32,
                 tokens_s: rate.of(Instant::now(), stats.generated_tokens),
                 perf: stats.perf.map(PerfModel::rounded),
             }
@@ -479,6 +498,8 @@ impl Assembly {
             wakers,
             threads,
             describe,
+            model,
+            peer_key,
         })
     }
 }

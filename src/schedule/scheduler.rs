@@ -108,6 +108,10 @@ pub struct Scheduler {
     /// What was alone here was refused what the cluster could hold: it is tried
     /// again with the next news.
     pub(super) refused_alone: bool,
+    /// Of `lendable`, what creditors have that have no prompt waiting.
+    spare: usize,
+    /// rBlocks to keep free here for another instance's prompt.
+    hold: usize,
     /// Admission failed for want of memory; not tried again until some is
     /// released or lent.
     pub(super) blocked: bool,
@@ -143,6 +147,8 @@ impl Scheduler {
             reported: 0,
             lend_cap: 0,
             refused_alone: false,
+            spare: usize::MAX,
+            hold: 0,
             blocked: false,
             preemptions: 0,
             recoveries: 0,
@@ -270,6 +276,25 @@ impl Scheduler {
         (self.lendable, self.reported, self.lend_cap) = (blocks, blocks, cap);
     }
 
+    /// Tells what others wait for: of the lendable rBlocks `spare` are with
+    /// creditors that have no prompt waiting; and `hold` are to be kept free
+    /// here, because a prompt elsewhere is too long for its instance and waits
+    /// for all of us. Without a word all is spare and none to be kept.
+    pub fn set_slack(&mut self, spare: usize, hold: usize) {
+        if spare > self.spare || hold < self.hold {
+            self.blocked = false;
+        }
+        (self.spare, self.hold) = (spare, hold);
+    }
+
+    /// rBlocks that the first waiting prompt needs of creditors, being too long
+    /// for this instance; 0 where it is not.
+    pub fn wanted(&self) -> usize {
+        let pool = self.pool.blocks() as usize;
+        let need = self.waiting.front().map_or(0, |s| self.pool.shape().blocks_for(s.tokens.len() + 1));
+        if need > pool { need - (pool - pool / 4) } else { 0 }
+    }
+
     /// rBlocks that this instance and its creditors have at most, whoever uses
     /// them now: what needs more can never run.
     pub(super) fn reach(&self) -> usize {
@@ -307,11 +332,27 @@ impl Scheduler {
             let missing = need - s.table.len();
             let available = self.obtainable().saturating_sub(self.promised());
             let pool_blocks = self.pool.blocks() as usize;
-            if missing <= available {
+            let first = self.admitted.is_empty();
+            // What is kept for a long prompt elsewhere is not for those that
+            // would fit at any time, or it would never find enough. Whoever is
+            // idle goes on all the same.
+            let hold = if first { 0 } else { self.hold };
+            // Of a borrowed prompt what is kept here carries its chunks as well:
+            // with less than a chunk's worth each step computes a few rows only,
+            // for as long as the prompt lasts. So rather a little later.
+            let chunk = (self.config.chunk_rows / s.table.block_tokens() as usize).max(MIN_LOCAL_BLOCKS);
+            let share = available.saturating_sub(pool_blocks / 4).max(chunk.min(available));
+            let room =
+                available >= if first { MIN_LOCAL_BLOCKS } else { chunk.min(pool_blocks / 4).max(MIN_LOCAL_BLOCKS) };
+            // What fits here once others are done waits for that, unless there
+            // is a creditor who has no use for the memory: where all have
+            // prompts waiting, borrowing lets one in, keeps another out, and
+            // adds an exchange to each of its steps.
+            let worth = first || need > pool_blocks || missing.saturating_sub(share) <= self.spare;
+            if missing + hold <= available {
                 s.local_goal = need;
                 s.phase = Phase::Running;
-            } else if self.lendable > 0 && available >= MIN_LOCAL_BLOCKS {
-                let share = available.saturating_sub(pool_blocks / 4).max(MIN_LOCAL_BLOCKS);
+            } else if self.lendable > 0 && room && worth && hold == 0 {
                 s.local_goal = s.table.len() + share;
                 s.phase = Phase::Borrowing;
                 self.asks.push(s.ask(missing - share));

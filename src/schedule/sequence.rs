@@ -204,8 +204,13 @@ impl Sequence {
         local: BlockRef,
     ) -> Option<[Option<Spill>; 2]> {
         let tokens = self.table.block_tokens();
-        let suits = |l: &&mut HeldLoan| creditor.is_none_or(|creditor| l.creditor == creditor);
-        let loan = self.loans.iter_mut().filter(|l| suits(l)).find(|l| l.assigned < l.blocks.len())?;
+        let suits =
+            |l: &&mut HeldLoan| l.assigned < l.blocks.len() && creditor.is_none_or(|creditor| l.creditor == creditor);
+        // The one that is least full: so each creditor holds its share of every
+        // stretch of the context, and all attend at once from the first chunk on.
+        let fuller =
+            |a: &&mut HeldLoan, b: &&mut HeldLoan| (a.assigned * b.blocks.len()).cmp(&(b.assigned * a.blocks.len()));
+        let loan = self.loans.iter_mut().filter(suits).min_by(fuller)?;
         let k = loan.assigned;
         loan.assigned += 1;
         let spill = |(creditor, loan, block), copy| Spill {

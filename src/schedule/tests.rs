@@ -258,3 +258,52 @@ fn a_sequence_taken_out_at_any_moment_leaves_nothing_behind() {
         world.finish(usize::from(!there && !world.failed.is_empty()));
     }
 }
+
+/// One that fits waits where all creditors have prompts waiting themselves, and
+/// borrows from one that has none.
+#[test]
+fn a_prompt_waits_rather_than_borrows_where_everybody_has_prompts_waiting() {
+    for (spare, loans) in [(0, 0), (100, 1)] {
+        let mut world = World::new(32, 100);
+        world.scheduler.set_slack(spare, 0);
+        world.add(1, 400, 4);
+        world.step();
+        world.add(2, 400, 4);
+        world.step();
+        assert_eq!(world.loans.len(), loans, "{spare} spare");
+        world.finish(2);
+        assert!(world.failed.is_empty() && world.scheduler.preemptions() == 0);
+    }
+}
+
+/// What is kept for a long prompt elsewhere, short ones leave alone; whoever is
+/// idle goes on.
+#[test]
+fn short_prompts_leave_room_for_a_long_one_elsewhere() {
+    let mut world = World::new(64, 100);
+    world.scheduler.set_slack(0, 40);
+    for id in 1..=3 {
+        world.add(id, 400, 4);
+    }
+    world.step();
+    assert_eq!((world.scheduler.running(), world.scheduler.waiting()), (1, 2));
+    world.scheduler.set_slack(0, 0);
+    world.step();
+    assert_eq!(world.scheduler.running(), 2);
+    world.finish(3);
+}
+
+/// A prompt that nobody has room for now and all together could hold is not
+/// failed: it is tried again with the next news.
+#[test]
+fn a_long_prompt_waits_for_what_others_will_release() {
+    let mut world = World::new(16, 10);
+    world.scheduler.set_lendable(10, 200);
+    world.add(1, 2000, 4);
+    world.step();
+    assert!(world.failed.is_empty() && world.scheduler.wanted() > 0);
+    world.lendable = 200;
+    world.scheduler.set_lendable(200, 200);
+    world.finish(1);
+    assert!(world.failed.is_empty(), "{:?}", world.failed);
+}

@@ -14,6 +14,7 @@ mod fields;
 mod generation;
 mod health;
 mod metrics;
+mod peer;
 mod reply;
 mod request;
 mod state;
@@ -36,6 +37,8 @@ use axum::serve::ListenerExt;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
+use crate::ingress;
+
 pub use error::ApiError;
 pub use metrics::{Latency, Metrics};
 pub use state::{Cluster, Model, ServerState, Stats, TextModel, TextStream};
@@ -54,6 +57,13 @@ pub fn router(state: Arc<ServerState>) -> Router {
     } else {
         guarded
     };
+    let peers = match &state.runner {
+        Some(runner) => {
+            let limit = DefaultBodyLimit::max(runner.longest_order());
+            Router::new().route(ingress::PATH, post(peer_request).layer(limit))
+        }
+        None => Router::new(),
+    };
     guarded
         .layer(middleware::from_fn_with_state(state.clone(), authorize))
         // Open: probes and scrapers carry no key, and learn nothing private.
@@ -61,6 +71,7 @@ pub fn router(state: Arc<ServerState>) -> Router {
         .route("/ready", get(health::ready))
         .route("/version", get(health::version))
         .route("/metrics", get(health::metrics))
+        .merge(peers)
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(state.max_body_bytes))
@@ -134,6 +145,11 @@ async fn tokenize(State(state): State<Arc<ServerState>>, body: Body) -> Answer {
 async fn detokenize(State(state): State<Arc<ServerState>>, body: Body) -> Answer {
     let body = read(&state, body)?;
     health::detokenize(state, body).await
+}
+
+async fn peer_request(State(state): State<Arc<ServerState>>, body: Body) -> Answer {
+    let body = read(&state, body)?;
+    peer::run(state, body).await
 }
 
 async fn authorize(State(state): State<Arc<ServerState>>, request: Request, next: Next) -> Answer {

@@ -77,7 +77,7 @@ impl Job {
         for Spec { request, stop, prompt_only } in self.specs {
             let plan = Plan { stop, prompt_logprobs: request.prompt_logprobs, prompt_only };
             // A refusal drops the streams before it, which cancels them.
-            streams.push((model.engine.submit(request)?, plan));
+            streams.push((model.engine.place(request).await?, plan));
         }
         let running = Running {
             text: model.text.clone(),

@@ -164,6 +164,7 @@ impl Options {
                     max_tokens: max_tokens.max(1),
                     stop_tokens: self.stop_tokens.clone(),
                     prompt_logprobs,
+                    resume: Vec::new(),
                 },
                 stop: self.stop.clone(),
                 prompt_only: max_tokens == 0,

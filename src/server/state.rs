@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use super::error::ApiError;
 use super::metrics::Metrics;
 use crate::engine::{EngineHandle, EngineStats};
+use crate::ingress::Runner;
 use crate::model::sampler::SamplingParams;
 
 /// Text to tokens and back, and messages to a prompt: all that the server
@@ -82,6 +83,7 @@ pub struct ServerState {
     pub(super) max_body_bytes: usize,
     pub(super) drain_limit: Duration,
     pub(super) metrics: Arc<Metrics>,
+    pub(super) runner: Option<Arc<Runner>>,
     /// Unix time at start: the models' `created`.
     pub(super) started: u64,
     draining: AtomicBool,
@@ -103,6 +105,7 @@ impl ServerState {
             max_body_bytes: 32 << 20,
             drain_limit: Duration::from_secs(300),
             metrics,
+            runner: None,
             started: unix_time(),
             draining: AtomicBool::new(false),
             inflight: watch::Sender::new(0),
@@ -112,6 +115,12 @@ impl ServerState {
     /// Clients must send `key` as a bearer token.
     pub fn with_api_key(mut self, key: Option<&str>) -> Self {
         self.api_key = key.map(|key| blake3::hash(key.as_bytes()));
+        self
+    }
+
+    /// Runs requests of other nodes; without it none are taken in.
+    pub fn with_runner(mut self, runner: Option<Arc<Runner>>) -> Self {
+        self.runner = runner;
         self
     }
 

@@ -1,10 +1,11 @@
 //! What must hold in a simulated world: of each instance after every event, of
 //! all together once nothing happens any more.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::PoisonError;
 
 use super::instance::Instance;
+use crate::control::row::{Row, Stamp};
 use crate::kv::block_table::Placement;
 use crate::kv::rblock::{InstanceId, LoanId};
 
@@ -52,6 +53,49 @@ pub fn instance(it: &Instance) -> Result<(), String> {
     let most = held.len() + cached;
     if (counts.held as usize) < held.len().max(cached) || counts.held as usize > most {
         return Err(format!("{} blocks held, {} by sequences and {cached} by the cache", counts.held, held.len()));
+    }
+    Ok(())
+}
+
+/// What holds of one instance's ledger at any time: a row is never newer than
+/// its owner's own, and, while it is there, never gives way to an older one.
+/// `seen` is what the last call saw.
+pub fn ledger(it: &Instance, all: &[&Instance], seen: &mut BTreeMap<InstanceId, Stamp>) -> Result<(), String> {
+    let ledger = it.control.controller().ledger();
+    let now: BTreeMap<InstanceId, Stamp> = ledger.rows().map(|row| (row.instance, row.stamp)).collect();
+    for (instance, stamp) in &now {
+        if seen.get(instance).is_some_and(|before| stamp < before) {
+            return Err(format!("the row of {instance} goes back from {:?} to {stamp:?}", seen.get(instance)));
+        }
+        let owner = all.iter().find(|other| other.id == *instance);
+        let own = owner.and_then(|owner| owner.control.controller().ledger().get(*instance));
+        if let Some(own) = own.filter(|own| own.stamp < *stamp) {
+            return Err(format!("{instance} has written {:?}, and {stamp:?} is known of it", own.stamp));
+        }
+    }
+    *seen = now;
+    Ok(())
+}
+
+/// What holds of all ledgers once nothing has happened for a while: each has
+/// the row that each living instance wrote last, and no other's.
+pub fn ledgers(all: &[&Instance]) -> Result<(), String> {
+    // What a debtor has learned of a creditor's memory itself it may correct.
+    let plain = |row: &Row| Row { tiers: Vec::new(), ..row.clone() };
+    let own = |it: &Instance| it.control.controller().ledger().get(it.id).map(plain);
+    let written: Vec<_> = all.iter().map(|it| (it.id, own(it))).collect();
+    for it in all {
+        let ledger = it.control.controller().ledger();
+        if let Some(row) = ledger.rows().find(|row| all.iter().all(|other| other.id != row.instance)) {
+            return Err(format!("{} has a row of {}, which is no more", it.id, row.instance));
+        }
+        for (instance, own) in &written {
+            let known = ledger.get(*instance);
+            if known.map(plain) != *own {
+                let stamps = (known.map(|row| row.stamp), own.as_ref().map(|row| row.stamp));
+                return Err(format!("{} knows another row of {instance} than that one wrote: {stamps:?}", it.id));
+            }
+        }
     }
     Ok(())
 }

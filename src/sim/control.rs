@@ -5,11 +5,13 @@ use core::net::SocketAddr;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use super::lender::Sabotage;
 use super::network::{Arrival, Slot};
-use crate::control::controller::{Config, Controller, Input, LocalStats, Output};
-use crate::control::message::Role;
+use crate::control::controller::{Config, Controller, Input, LocalStats, Output, Slack};
+use crate::control::message::{Packet, Role};
 use crate::control::rmanager::RManager;
-use crate::control::row::Profile;
+use crate::control::row::{Profile, Stamp};
+use crate::control::seal::{KEY_BYTES, NONCE_BYTES, Seal};
 use crate::kv::moves::{Errand, Held};
 use crate::kv::rblock::{InstanceId, KvShape, LoanId};
 use crate::schedule::sequence::HeldLoan;
@@ -66,8 +68,8 @@ pub enum News {
     LoansLost(Vec<(InstanceId, LoanId)>),
     /// A creditor is gone.
     CreditorLost(InstanceId),
-    /// Members may have this many rBlocks for us now, and at most.
-    Lendable(usize, usize),
+    /// What members may have for us.
+    Slack(Slack),
     /// What should lie elsewhere.
     Moves(Vec<Errand>),
     /// Lent memory came back.
@@ -81,27 +83,36 @@ pub struct Identity {
     pub instance: InstanceId,
     /// Its place.
     pub slot: Slot,
+    /// Names its host.
+    pub host: u64,
     /// When its life began.
     pub started: u64,
     /// Instances in the world: it joins at all their addresses.
     pub instances: usize,
     /// Shape of its KV.
     pub shape: KvShape,
+    /// A planted bug.
+    pub sabotage: Sabotage,
 }
 
 /// A controller, and what is in flight for it.
 pub struct Control {
     controller: Controller,
-    shape: KvShape,
+    /// A planted bug: the stamps of the rows that came, where it is planted.
+    newest: Option<BTreeMap<InstanceId, Stamp>>,
     asks: BTreeMap<u64, String>,
     next_ask: u64,
     creditors: BTreeMap<InstanceId, Slot>,
-    lendable: (usize, usize),
+    /// As told last; `None`: to be told anew.
+    slack: Option<Slack>,
     lent: u32,
     calls: Vec<Call>,
     news: Vec<News>,
     notes: Vec<String>,
 }
+
+/// The cluster's name; its key is of zeros.
+const CLUSTER: [u8; 16] = [1; 16];
 
 /// The control address of a slot.
 fn address(slot: Slot) -> String {
@@ -124,11 +135,12 @@ impl Control {
         let profile = Profile {
             role: Role::Engine,
             model: Some([7; 32]),
-            host: identity.slot as u64 / 8,
+            host: identity.host,
             rank: 0,
             control: vec![address(identity.slot)],
             creditor: vec![format!("lane-{}", identity.slot)],
             http: String::new(),
+            peers: None,
         };
         // As many as a cluster's operator would name.
         let others = (0..identity.instances).filter(|slot| *slot != identity.slot).take(3);
@@ -136,16 +148,16 @@ impl Control {
             started: identity.started,
             shape: Some(identity.shape),
             join: others.map(gossip).collect(),
-            ..Config::new(identity.instance, [1; 16], profile, gossip(identity.slot))
+            ..Config::new(identity.instance, CLUSTER, profile, gossip(identity.slot))
         };
         let controller = Controller::new(config, rmanager, seed);
         Self {
             controller: controller.unwrap_or_else(|error| unreachable!("the simulation's configuration: {error}")),
-            shape: identity.shape,
+            newest: (identity.sabotage == Sabotage::Merge).then(BTreeMap::new),
             asks: BTreeMap::new(),
             next_ask: 0,
             creditors: BTreeMap::new(),
-            lendable: (0, 0),
+            slack: Some(Slack::default()),
             lent: 0,
             calls: Vec::new(),
             news: Vec::new(),
@@ -191,7 +203,10 @@ impl Control {
             Arrival::Accepted { conn, .. } => self.feed(now, Input::PeerAccepted { conn }),
             Arrival::Message { conn, message } => self.feed(now, Input::PeerMessage { conn, bytes: &message }),
             Arrival::Closed { conn } => self.feed(now, Input::PeerClosed { conn }),
-            Arrival::Datagram { from, bytes } => {
+            Arrival::Datagram { from, mut bytes } => {
+                if let Some(newest) = self.newest.as_mut() {
+                    bytes = without_stamps(newest, bytes);
+                }
                 self.feed(now, Input::Datagram { from: gossip(from), bytes: &bytes });
             }
         }
@@ -239,11 +254,10 @@ impl Control {
 
     /// What members can lend, as far as known.
     fn look(&mut self) {
-        let lendable = self.controller.creditors().map(|row| row.lendable(&self.shape) as usize).sum();
-        let cap = self.controller.creditors().map(|row| row.lend_cap() as usize).sum();
-        if (lendable, cap) != self.lendable {
-            self.lendable = (lendable, cap);
-            self.news.push(News::Lendable(lendable, cap));
+        let slack = self.controller.slack();
+        if self.slack != Some(slack) {
+            self.slack = Some(slack);
+            self.news.push(News::Slack(slack));
         }
     }
 
@@ -273,7 +287,7 @@ impl Control {
             Output::Refused { request, reason } => {
                 // The scheduler asks no more until it hears of creditors anew:
                 // so it is told at the next tick, changed or not.
-                self.lendable = (usize::MAX, 0);
+                self.slack = None;
                 self.news.push(News::Refused { request, reason: reason.to_string() });
             }
             Output::Moves(moves) => self.news.push(News::Moves(moves.iter().map(Into::into).collect())),
@@ -293,4 +307,22 @@ impl Control {
             Output::LeaseUntil { .. } | Output::Drained => {}
         }
     }
+}
+
+/// A planted bug: of the rows in a datagram those that are older than what came
+/// before are made to be taken for the newest.
+fn without_stamps(newest: &mut BTreeMap<InstanceId, Stamp>, bytes: Vec<u8>) -> Vec<u8> {
+    let seal = Seal::new(&[0; KEY_BYTES], CLUSTER);
+    let packet = seal.open(&bytes).and_then(|plain| Packet::decode(&plain).ok());
+    let Some(Packet::Rows(mut rows)) = packet else { return bytes };
+    for row in &mut rows {
+        let newest = newest.entry(row.instance).or_insert(row.stamp);
+        if row.stamp < *newest {
+            row.stamp = Stamp { version: newest.version + 1, ..*newest };
+        }
+        *newest = row.stamp;
+    }
+    let mut plain = Vec::new();
+    Packet::Rows(rows).encode(&mut plain);
+    seal.seal([0; NONCE_BYTES], &plain)
 }

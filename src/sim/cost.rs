@@ -30,12 +30,19 @@ pub struct CostModel {
     /// Arithmetic of one row with one key, ns: what counts in prefill, where
     /// many rows read a key together.
     pub pair_ns: f64,
-    /// Query out and partial back in one layer, without the attention, ns.
+    /// Instances of one host; those of a host are neighbours in the world.
+    pub host_instances: u32,
+    /// Query out and partial back in one layer, without the attention, ns,
+    /// between two hosts.
     pub layer_rtt_ns: f64,
+    /// The same within a host.
+    pub host_layer_rtt_ns: f64,
     /// A message of the control plane, one way, ns.
     pub control_ns: f64,
-    /// Bandwidth between two instances, bytes a second.
+    /// Bandwidth of an instance to all on other hosts, bytes a second each way.
     pub link_bytes_s: f64,
+    /// The same to all on its own host.
+    pub host_link_bytes_s: f64,
 }
 
 impl CostModel {
@@ -61,9 +68,12 @@ impl CostModel {
             row_ns: 75e3,
             key_ns: 321.0,
             pair_ns: 2.8,
-            layer_rtt_ns: 20e3,
+            host_instances: 8,
+            layer_rtt_ns: 33e3,
+            host_layer_rtt_ns: 10e3,
             control_ns: 50e3,
             link_bytes_s: 25e9,
+            host_link_bytes_s: 250e9,
         };
         match name {
             "a100" | "a100-7b" => Some(a100),
@@ -85,8 +95,9 @@ impl CostModel {
                 row_ns: 29e3,
                 key_ns: 30.5,
                 pair_ns: 0.95,
-                layer_rtt_ns: 7e3,
-                link_bytes_s: 390e9,
+                host_layer_rtt_ns: 7e3,
+                link_bytes_s: 50e9,
+                host_link_bytes_s: 390e9,
                 ..a100
             }),
             _ => None,
@@ -107,20 +118,28 @@ impl CostModel {
             row_ns: 1e5,
             key_ns: 1e3,
             pair_ns: 10.0,
+            host_instances: 8,
             layer_rtt_ns: 20e3,
+            host_layer_rtt_ns: 20e3,
             control_ns: 100e3,
             link_bytes_s: 1e9,
+            host_link_bytes_s: 1e9,
         }
     }
 
     /// What is wrong with it, if anything.
     pub fn check(&self) -> Result<(), String> {
-        let times = [self.fixed_ns, self.row_ns, self.key_ns, self.pair_ns, self.layer_rtt_ns, self.control_ns];
+        let Self { layer_rtt_ns, host_layer_rtt_ns, .. } = self;
+        let times = [self.fixed_ns, self.row_ns, self.key_ns, self.pair_ns, self.control_ns];
+        let times = [&times[..], &[*layer_rtt_ns, *host_layer_rtt_ns]].concat();
         if times.iter().any(|ns| !ns.is_finite() || *ns < 0.0) || self.fixed_ns < 1.0 {
             return Err("times must be finite and not negative, and fixed_ns at least 1".into());
         }
-        if !(self.link_bytes_s.is_finite() && self.link_bytes_s > 0.0) {
-            return Err("link_bytes_s must be positive".into());
+        if [self.link_bytes_s, self.host_link_bytes_s].iter().any(|rate| !rate.is_finite() || *rate <= 0.0) {
+            return Err("link_bytes_s and host_link_bytes_s must be positive".into());
+        }
+        if self.host_instances == 0 {
+            return Err("host_instances must be at least 1".into());
         }
         if self.blocks < 4 || self.blocks >= 1 << 30 || !(1..=4096).contains(&self.block_tokens) || self.layers == 0 {
             return Err("blocks from 4, block_tokens 1 to 4096, layers from 1".into());
@@ -150,7 +169,18 @@ impl CostModel {
         self.fixed_ns.max(self.row_ns * rows as f64)
     }
 
-    /// Time of a message of `bytes` between two instances, ns.
+    /// The host of the instance at `slot`.
+    pub fn host(&self, slot: usize) -> usize {
+        slot / self.host_instances as usize
+    }
+
+    /// The exchanges of all layers with an instance of the same host or of
+    /// another, without the attention, ns.
+    pub fn exchanges_ns(&self, near: bool) -> f64 {
+        f64::from(self.layers) * if near { self.host_layer_rtt_ns } else { self.layer_rtt_ns }
+    }
+
+    /// Time of a message of `bytes` between two hosts, ns.
     pub fn wire_ns(&self, bytes: u64) -> f64 {
         bytes as f64 / self.link_bytes_s * 1e9
     }

@@ -66,6 +66,9 @@ struct Lane {
     /// Batch items of the step's entries.
     items: Vec<usize>,
     awaiting: bool,
+    to: Slot,
+    /// What waits for the lane to be opened anew; only by a planted bug.
+    held: Vec<LaneMessage>,
     /// The mailbox: the partials that came last.
     partials: Vec<Partial>,
     /// Tickets of blocks that are on their way home.
@@ -123,6 +126,8 @@ impl Debtor {
             placements: Vec::new(),
             items: Vec::new(),
             awaiting: false,
+            to,
+            held: Vec::new(),
             partials: Vec::new(),
             fetches: Vec::new(),
         };
@@ -140,7 +145,9 @@ impl Debtor {
         match self.lanes.values_mut().find(|lane| lane.ask == ask) {
             Some(lane) => {
                 lane.conn = Some(conn);
-                self.calls.push(LaneCall::Send { conn, bytes: 64, since: None, message: hello });
+                for message in std::iter::once(hello).chain(lane.held.drain(..)) {
+                    self.calls.push(LaneCall::Send { conn, bytes: 64, since: None, message });
+                }
             }
             None => self.calls.push(LaneCall::Close { conn }),
         }
@@ -148,6 +155,9 @@ impl Debtor {
 
     /// It did not come about.
     pub fn failed(&mut self, ask: u64) {
+        if self.redial(|lane| lane.ask == ask) {
+            return;
+        }
         if let Some(creditor) = self.lanes.iter().find(|(_, lane)| lane.ask == ask).map(|(c, _)| *c) {
             self.lose(creditor, "no connection");
         }
@@ -160,9 +170,26 @@ impl Debtor {
 
     /// A lane's connection is gone.
     pub fn closed(&mut self, conn: u64) {
+        if self.redial(|lane| lane.conn == Some(conn) && !lane.awaiting) {
+            return;
+        }
         if let Some(creditor) = self.of(conn) {
             self.lose(creditor, "its lane closed");
         }
+    }
+
+    /// A planted bug: the lane is opened anew, whoever is there now.
+    fn redial(&mut self, which: impl Fn(&Lane) -> bool) -> bool {
+        if self.sabotage != Sabotage::Epoch {
+            return false;
+        }
+        let Some(lane) = self.lanes.values_mut().find(|lane| lane.state == LaneState::Open && which(lane)) else {
+            return false;
+        };
+        self.asks += 1;
+        (lane.ask, lane.conn) = (self.asks, None);
+        self.calls.push(LaneCall::Dial { ask: self.asks, to: lane.to });
+        true
     }
 
     /// A creditor says something.
@@ -171,7 +198,9 @@ impl Debtor {
         let step = self.step;
         let Some(lane) = self.lanes.get_mut(&creditor) else { return };
         match message {
-            LaneMessage::Accept if lane.state == LaneState::Opening => lane.state = LaneState::Open,
+            LaneMessage::Accept if lane.state == LaneState::Opening || self.sabotage == Sabotage::Epoch => {
+                lane.state = LaneState::Open;
+            }
             LaneMessage::Answer { step: of, partials }
                 if lane.awaiting && of == step && partials.len() == lane.items.len() =>
             {
@@ -279,14 +308,22 @@ impl Debtor {
             lane.items.clear();
             lane.awaiting = false;
             let entries = plans.remove(creditor).unwrap_or_default();
-            let Some(conn) = lane.conn.filter(|_| !entries.is_empty() || !lane.placements.is_empty()) else { continue };
+            if (lane.conn.is_none() && lane.state != LaneState::Open)
+                || (entries.is_empty() && lane.placements.is_empty())
+            {
+                continue;
+            }
             lane.awaiting = !entries.is_empty();
             let (items, entries): (Vec<_>, Vec<_>) = entries.into_iter().unzip();
             lane.items = items;
             let plan = Plan { step: self.step, placements: std::mem::take(&mut lane.placements), entries };
             let queries = plan.rows() * self.query_bytes;
             let bytes = 64 + plan.placements.len() as u64 * 16 + plan.entries.len() as u64 * 64 + queries;
-            self.calls.push(LaneCall::Send { conn, bytes, since: None, message: LaneMessage::Plan(plan) });
+            let message = LaneMessage::Plan(plan);
+            match lane.conn {
+                Some(conn) => self.calls.push(LaneCall::Send { conn, bytes, since: None, message }),
+                None => lane.held.push(message),
+            }
         }
         self.step
     }

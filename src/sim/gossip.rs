@@ -125,6 +125,7 @@ impl World {
                 control: vec![format!("tcp://{}", address(i))],
                 creditor: vec![format!("tcp://10.0.0.{i}:40000")],
                 http: format!("10.0.0.{i}:8000"),
+                peers: None,
             };
             let config = Config {
                 join: vec![address(0), address(n / 2)],

@@ -12,7 +12,8 @@ use super::debtor::{Debtor, LANE_ASK, LaneCall, LaneState};
 use super::lender::{Entry, LaneMessage, Lender, Placed, Sabotage, Verdict};
 use super::network::{Arrival, Port, Slot};
 use super::toy::{self, Memory};
-use crate::control::controller::LocalStats;
+use crate::control::controller::{LocalStats, Slack};
+use crate::control::perf::PerfModel;
 use crate::control::rmanager::{PoolSource, RManager};
 use crate::kv::pool::KvPool;
 use crate::kv::prefix::PrefixCache;
@@ -26,6 +27,13 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 /// How often the control plane hears what the sequences hold.
 const REPORT_EVERY: Duration = Duration::from_millis(250);
+/// Where an instance's id has its slot.
+const SLOT_BITS: u64 = 0xff;
+
+/// The slot of an instance.
+pub fn place(instance: InstanceId) -> Slot {
+    (instance.0 & SLOT_BITS) as Slot
+}
 
 /// A message on a simulated connection.
 #[derive(Clone, Debug)]
@@ -181,8 +189,10 @@ pub struct Instance {
     inbox: Vec<News>,
     opening: Vec<(SeqId, Vec<HeldLoan>)>,
     step: Option<Step>,
-    /// Time its device spent on debtors' queries since the last step began.
+    /// Time its device spent on debtors' queries while the last step ran.
     lent_time: Duration,
+    /// Until when it is busy with those it has.
+    serving: Duration,
     lanes_wake: Option<Duration>,
     report_next: Duration,
     effects: Vec<Effect>,
@@ -202,15 +212,16 @@ impl Instance {
         let rmanager = RManager::new(source, setup.lend, setup.lease);
         let book = rmanager.lent_pool().clone();
         // The slot in the low bits, so that logs can be read.
-        let id = InstanceId(toy::mix(seed, 1) << 16 | life << 8 & 0xff00 | slot as u64 & 0xff);
-        let identity = Identity { instance: id, slot, started: life, instances, shape };
+        let id = InstanceId(toy::mix(seed, 1) << 16 | life << 8 & 0xff00 | slot as u64 & SLOT_BITS);
+        let host = setup.cost.host(slot) as u64;
+        let identity = Identity { instance: id, slot, host, started: life, instances, shape, sabotage: setup.sabotage };
         Self {
             id,
             control: Control::new(&identity, rmanager, seed),
             scheduler: Scheduler::new(setup.schedule, pool.clone(), prefix.clone()),
             memory: Memory::new(setup.cost.blocks, block_tokens),
             debtor: Debtor::new(id, life, setup.cost.query_bytes, setup.sabotage),
-            lender: Lender::new(book, pool.clone(), setup.cost.clone(), setup.sabotage),
+            lender: Lender::new(slot, book, pool.clone(), setup.cost.clone(), setup.sabotage),
             figures: Figures::default(),
             pool,
             prefix,
@@ -222,6 +233,7 @@ impl Instance {
             opening: Vec::new(),
             step: None,
             lent_time: Duration::ZERO,
+            serving: Duration::ZERO,
             lanes_wake: None,
             report_next: Duration::ZERO,
             effects: Vec::new(),
@@ -252,7 +264,10 @@ impl Instance {
     /// The controller's deadline has come.
     pub fn tick(&mut self, now: Duration) {
         let (running, waiting) = (self.scheduler.running() as u32, self.scheduler.waiting() as u32);
-        let stats = LocalStats { running, waiting, ..LocalStats::default() };
+        let wanted = self.scheduler.wanted() as u32;
+        let CostModel { fixed_ns, row_ns, key_ns, .. } = self.setup.cost;
+        let perf = Some(PerfModel { fixed_ns: fixed_ns as f32, row_ns: row_ns as f32, key_ns: key_ns as f32 });
+        let stats = LocalStats { running, waiting, wanted, perf, ..LocalStats::default() };
         self.control.tick(now, stats);
         if now >= self.report_next && running > 0 && self.setup.schedule.move_blocks > 0 {
             self.report_next = now + REPORT_EVERY;
@@ -320,9 +335,17 @@ impl Instance {
                 };
                 self.send(conn, bytes, Payload::Lane(message));
             }
-            Verdict::Later(ns, busy) => {
-                self.lent_time += Duration::from_nanos(busy);
-                self.effects.push(Effect::Wake { at: now + Duration::from_nanos(ns), what: Wake::Answer(conn) });
+            Verdict::Later { busy, exchanges } => {
+                let busy = Duration::from_nanos(busy);
+                // Debtors are served one after the other; what that takes of a
+                // step under way, the next one is charged. An idle device has
+                // the time to spare.
+                self.serving = self.serving.max(now) + busy;
+                if self.step.is_some() {
+                    self.lent_time += busy;
+                }
+                let at = self.serving + Duration::from_nanos(exchanges);
+                self.effects.push(Effect::Wake { at, what: Wake::Answer(conn) });
             }
             Verdict::Expel(reason) => {
                 self.lender.closed(conn);
@@ -407,7 +430,8 @@ impl Instance {
 
     fn hear(&mut self, now: Duration, news: News) {
         // A planted bug: it does not hear of what it lost.
-        if self.setup.sabotage == Sabotage::Lease && matches!(news, News::LoansLost(_) | News::CreditorLost(_)) {
+        let deaf = matches!(self.setup.sabotage, Sabotage::Lease | Sabotage::Epoch);
+        if deaf && matches!(news, News::LoansLost(_) | News::CreditorLost(_)) {
             return;
         }
         match news {
@@ -427,7 +451,10 @@ impl Instance {
                 self.debtor.close(creditor);
                 self.lose(now, creditor, None, "the creditor is gone");
             }
-            News::Lendable(blocks, cap) => self.scheduler.set_lendable(blocks, cap),
+            News::Slack(Slack { free, spare, cap, hold }) => {
+                self.scheduler.set_lendable(free, cap);
+                self.scheduler.set_slack(spare, hold);
+            }
             News::Moves(errands) => self.scheduler.direct(errands),
             News::MemoryReturned => self.scheduler.memory_changed(),
         }

@@ -6,6 +6,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::cost::CostModel;
+use super::instance::place;
+use super::network::Slot;
 use super::toy::{Memory, Partial, mix};
 use crate::control::rmanager::{LentPool, LoanRecord};
 use crate::kv::pool::KvPool;
@@ -128,6 +130,13 @@ pub enum Sabotage {
     /// Queries are answered over loans that have ended, writes let into blocks
     /// that are somebody else's, and a debtor does not hear that its loan lapsed.
     Lease,
+    /// A restarted creditor answers for its former life: a debtor goes on with
+    /// whoever is at its creditor's address, and neither of them looks at the
+    /// loan's epoch.
+    Epoch,
+    /// Rows are merged without regard to their stamps: an older one takes the
+    /// place of a newer one, as the newest.
+    Merge,
     /// A debtor whose wait is over merges what its mailbox holds: another
     /// step's partial.
     LatePartial,
@@ -150,15 +159,20 @@ pub enum Verdict {
     Fine,
     /// Send this.
     Reply(LaneMessage),
-    /// Call [`Lender::answer`] after so many nanoseconds, of which the device is
-    /// busy for the second figure.
-    Later(u64, u64),
+    /// Call [`Lender::answer`] later.
+    Later {
+        /// Once the device has had so many nanoseconds for it,
+        busy: u64,
+        /// and so many have passed on the wire.
+        exchanges: u64,
+    },
     /// The lane is over.
     Expel(&'static str),
 }
 
 /// One instance as creditor.
 pub struct Lender {
+    slot: Slot,
     book: Arc<LentPool>,
     pool: Arc<KvPool>,
     cost: CostModel,
@@ -172,8 +186,8 @@ pub struct Lender {
 
 impl Lender {
     /// A lender over what `book` says is lent of `pool`.
-    pub fn new(book: Arc<LentPool>, pool: Arc<KvPool>, cost: CostModel, sabotage: Sabotage) -> Self {
-        Self { book, pool, cost, sabotage, lanes: BTreeMap::new(), answered: 0, refused: 0 }
+    pub fn new(slot: Slot, book: Arc<LentPool>, pool: Arc<KvPool>, cost: CostModel, sabotage: Sabotage) -> Self {
+        Self { slot, book, pool, cost, sabotage, lanes: BTreeMap::new(), answered: 0, refused: 0 }
     }
 
     /// A debtor connected.
@@ -239,9 +253,9 @@ impl Lender {
                 let times = plan.entries.iter().zip(&runs);
                 let busy: f64 =
                     times.map(|(e, runs)| self.cost.attention_ns((e.end - e.start) as usize, keys(runs))).sum();
-                let exchanges = f64::from(self.cost.layers) * self.cost.layer_rtt_ns;
+                let exchanges = self.cost.exchanges_ns(self.cost.host(self.slot) == self.cost.host(place(debtor)));
                 lane.pending = Some((plan, runs));
-                Verdict::Later((busy + exchanges) as u64, busy as u64)
+                Verdict::Later { busy: busy as u64, exchanges: exchanges as u64 }
             }
         }
     }
@@ -278,7 +292,7 @@ impl Checks<'_> {
     /// Holds if the loan is this debtor's, in this epoch, and not over.
     fn in_force(&self, loan: LoanId, epoch: Option<u32>) -> Result<Option<Arc<LoanRecord>>, String> {
         let record = self.book.loan(loan);
-        if self.sabotage == Sabotage::Lease {
+        if matches!(self.sabotage, Sabotage::Lease | Sabotage::Epoch) {
             return Ok(record);
         }
         let its = record.as_ref().is_some_and(|r| r.debtor == self.debtor);
@@ -293,6 +307,7 @@ impl Checks<'_> {
 impl Lane {
     /// Takes placements in and looks the blocks of each entry up.
     fn take(&mut self, checks: &Checks<'_>, plan: &Plan) -> Result<Vec<Vec<KvRun>>, String> {
+        let blind = checks.sabotage == Sabotage::Epoch;
         if plan.step <= self.step {
             return Err(format!("step {} after step {}", plan.step, self.step));
         }
@@ -310,7 +325,7 @@ impl Lane {
                 continue;
             }
             let published = checks.pool.table().publish(placed.block, placed.loan);
-            if checks.sabotage != Sabotage::Lease {
+            if !blind && checks.sabotage != Sabotage::Lease {
                 published.map_err(|error| format!("rBlock {}: {error}", placed.block))?;
             }
             let run = KvRun { block: placed.block, position: placed.position, tokens: placed.tokens };
@@ -322,8 +337,10 @@ impl Lane {
             for (loan, epoch, visible) in &entry.loans {
                 checks.in_force(*loan, Some(*epoch))?;
                 let placed = self.placed.get(loan).map_or(&[][..], Vec::as_slice);
+                // Its former life would have had the others.
+                let visible = if blind { placed.len().min(*visible) } else { *visible };
                 let visible = placed
-                    .get(..*visible)
+                    .get(..visible)
                     .ok_or_else(|| format!("{visible} rBlocks asked of loan {}, {} placed", loan.0, placed.len()))?;
                 of_entry.extend_from_slice(visible);
             }

@@ -27,10 +27,13 @@ pub struct Weather {
     pub delay: Duration,
     /// Most that chance adds to it.
     pub jitter: Duration,
-    /// Delay of a message on a lane.
-    pub lane_delay: Duration,
-    /// Bandwidth between two instances, bytes a second.
-    pub bytes_s: f64,
+    /// Slots of one host, neighbours.
+    pub host_slots: usize,
+    /// Delay of a message on a lane: between hosts, within one.
+    pub lane_delay: [Duration; 2],
+    /// Bandwidth of a slot, each way, bytes a second: to other hosts, within
+    /// its own.
+    pub bytes_s: [f64; 2],
     /// Share of datagrams lost.
     pub loss: f64,
     /// Share of datagrams that arrive twice.
@@ -108,8 +111,9 @@ pub struct Network<M> {
     ends: BTreeMap<u64, End>,
     /// Ordered pairs between which nothing passes.
     cuts: BTreeMap<(Slot, Slot), u32>,
-    /// Until when the way from one slot to another is busy.
-    busy: BTreeMap<(Slot, Slot), Duration>,
+    /// Until when a slot's ways out of and into its host and within it are busy:
+    /// slot, near, out.
+    busy: BTreeMap<(Slot, bool, bool), Duration>,
     names: u64,
     posts: Vec<(Duration, Slot, Arrival<M>)>,
     /// Figures since the start.
@@ -155,7 +159,7 @@ impl<M> Network<M> {
     /// Asks for a connection from one slot to another (`None`: nobody has the
     /// address). Ends in `Connected` or `ConnectFailed` with `ask`.
     pub fn dial(&mut self, now: Duration, rng: &mut ChaCha8Rng, from: Slot, to: Option<Slot>, port: Port, ask: u64) {
-        let delay = self.delay(rng, port);
+        let delay = self.delay(rng, port, from, to.unwrap_or(from));
         let Some(to) = to.filter(|to| !self.is_cut(from, *to)) else {
             return self.posts.push((now + delay * 2, from, Arrival::ConnectFailed { ask }));
         };
@@ -182,12 +186,16 @@ impl<M> Network<M> {
             }
             Port::Lane => {
                 self.traffic.lane_bytes += bytes;
-                let busy = self.busy.entry((from, to)).or_default();
-                *busy = (*busy).max(since) + Duration::from_secs_f64(bytes as f64 / self.weather.bytes_s);
-                start = now.max(*busy);
+                let near = self.near(from, to);
+                let time = Duration::from_secs_f64(bytes as f64 / self.weather.bytes_s[usize::from(near)]);
+                for end in [(from, near, true), (to, near, false)] {
+                    let busy = self.busy.entry(end).or_default();
+                    *busy = (*busy).max(since) + time;
+                    start = start.max(*busy);
+                }
             }
         }
-        let at = start + self.delay(rng, port);
+        let at = start + self.delay(rng, port, from, to);
         self.post(at, peer, Arrival::Message { conn: peer, message });
     }
 
@@ -197,7 +205,7 @@ impl<M> Network<M> {
         self.traffic.control_bytes += bytes.len() as u64;
         let copies = 1 + u32::from(rng.random_bool(self.weather.doubled));
         for _ in 0..copies {
-            let at = now + self.delay(rng, Port::Control);
+            let at = now + self.delay(rng, Port::Control, from, to);
             if !rng.random_bool(self.weather.loss) && !self.is_cut(from, to) {
                 self.posts.push((at, to, Arrival::Datagram { from, bytes: bytes.clone() }));
             }
@@ -207,9 +215,10 @@ impl<M> Network<M> {
     /// Closes this end; the other hears of it after all that was sent.
     pub fn close(&mut self, now: Duration, rng: &mut ChaCha8Rng, conn: u64) {
         let Some(end) = self.ends.get_mut(&conn) else { return };
-        let (peer, port, dead) = (end.peer, end.port, end.dead);
+        let (slot, peer, port, dead) = (end.slot, end.peer, end.port, end.dead);
         if std::mem::replace(&mut end.open, false) && !dead {
-            let at = now + self.delay(rng, port);
+            let to = self.ends.get(&peer).map_or(slot, |end| end.slot);
+            let at = now + self.delay(rng, port, slot, to);
             self.post(at, peer, Arrival::Closed { conn: peer });
         }
         self.forget(conn);
@@ -261,9 +270,14 @@ impl<M> Network<M> {
         self.ends.get(&self.ends.get(&conn)?.peer).map(|end| end.slot)
     }
 
-    fn delay(&self, rng: &mut ChaCha8Rng, port: Port) -> Duration {
+    /// Are both on one host?
+    fn near(&self, a: Slot, b: Slot) -> bool {
+        a / self.weather.host_slots == b / self.weather.host_slots
+    }
+
+    fn delay(&self, rng: &mut ChaCha8Rng, port: Port, from: Slot, to: Slot) -> Duration {
         match port {
-            Port::Lane => self.weather.lane_delay,
+            Port::Lane => self.weather.lane_delay[usize::from(self.near(from, to))],
             Port::Control => {
                 let jitter = self.weather.jitter.as_nanos() as u64;
                 self.weather.delay + Duration::from_nanos(rng.random_range(0..=jitter))
@@ -296,7 +310,8 @@ mod tests {
 
     fn network(loss: f64) -> (Network<u32>, ChaCha8Rng) {
         let ms = Duration::from_millis;
-        let weather = Weather { delay: ms(1), jitter: ms(30), lane_delay: ms(1), bytes_s: 1e6, loss, doubled: loss };
+        let (lane_delay, bytes_s) = ([ms(1); 2], [1e6, 4e6]);
+        let weather = Weather { delay: ms(1), jitter: ms(30), host_slots: 2, lane_delay, bytes_s, loss, doubled: loss };
         (Network::new(weather), ChaCha8Rng::seed_from_u64(1))
     }
 
@@ -342,8 +357,10 @@ mod tests {
     #[test]
     fn a_lane_takes_its_bytes_time() {
         let (mut net, mut rng) = network(0.0);
-        net.dial(Duration::ZERO, &mut rng, 0, Some(1), Port::Lane, 1);
+        net.dial(Duration::ZERO, &mut rng, 0, Some(2), Port::Lane, 1);
         let Arrival::Connected { conn, .. } = net.take()[1].2 else { panic!() };
+        net.dial(Duration::ZERO, &mut rng, 2, Some(3), Port::Lane, 2);
+        let Arrival::Connected { conn: within, .. } = net.take()[1].2 else { panic!() };
         let second = Duration::from_secs(1);
         net.send(Duration::ZERO, Duration::ZERO, &mut rng, conn, 1_000_000, 1);
         net.send(Duration::ZERO, Duration::ZERO, &mut rng, conn, 1_000_000, 2);
@@ -351,5 +368,9 @@ mod tests {
         let at: Vec<_> = net.take().iter().map(|post| post.0.as_millis()).collect();
         assert_eq!(at, [1001, 2001, 4001], "the third left while it was made");
         assert_eq!(net.traffic.lane_bytes, 2_500_000);
+        net.send(second * 5, second * 5, &mut rng, within, 1_000_000, 4);
+        net.send(second * 5, second * 5, &mut rng, within, 1_000_000, 5);
+        let at: Vec<_> = net.take().iter().map(|post| post.0.as_millis()).collect();
+        assert_eq!(at, [5251, 5501], "within a host the way is another");
     }
 }

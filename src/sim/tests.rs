@@ -15,6 +15,22 @@ fn small(seed: u64, sabotage: Sabotage) -> Outcome {
         };
         config.faults = (0..10).map(pause).collect();
     }
+    if sabotage == Sabotage::Epoch {
+        // A creditor that is back before anybody takes it for dead.
+        let crash = |n: usize| Timed {
+            at_ms: 2000 + 1500 * n as u64,
+            fault: Fault::Crash { node: n % config.instances, back_ms: 40 },
+        };
+        config.faults = (0..10).map(crash).collect();
+    }
+    if sabotage == Sabotage::LatePartial {
+        // A creditor that answers when the wait for it has just ended.
+        let pause = |n: usize| Timed {
+            at_ms: 2000 + 1700 * n as u64,
+            fault: Fault::Pause { node: n % config.instances, ms: 1100 },
+        };
+        config.faults = (0..10).map(pause).collect();
+    }
     World::new(config).run()
 }
 
@@ -37,6 +53,16 @@ fn a_grant_that_reserves_nothing_is_found() {
 #[test]
 fn a_loan_used_after_its_end_is_found() {
     found(Sabotage::Lease, 60);
+}
+
+#[test]
+fn a_creditor_that_answers_for_its_former_life_is_found() {
+    found(Sabotage::Epoch, 20);
+}
+
+#[test]
+fn an_older_row_that_replaces_a_newer_one_is_found() {
+    found(Sabotage::Merge, 3);
 }
 
 #[test]

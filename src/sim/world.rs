@@ -19,6 +19,8 @@ use super::network::{Arrival, Network, Slot, Weather};
 use super::report::{Report, Times, Violation};
 use super::toy;
 use super::workload::{Job, Synthetic};
+use crate::control::row::Stamp;
+use crate::kv::rblock::InstanceId;
 use crate::schedule::scheduler::SchedulerConfig;
 
 /// A client tries again this long after an error.
@@ -144,6 +146,8 @@ struct Place {
     tick: Option<Duration>,
     /// Tokens of its requests.
     load: u64,
+    /// The rows its ledger had when it was audited last.
+    seen: BTreeMap<InstanceId, Stamp>,
 }
 
 /// The world. See the module's page.
@@ -186,12 +190,13 @@ impl World {
             delay: ns(cost.control_ns),
             jitter: ns(cost.control_ns * 4.0),
             // The exchanges of all layers are in the creditor's answer.
-            lane_delay: ns(cost.layer_rtt_ns / 2.0),
-            bytes_s: cost.link_bytes_s,
+            lane_delay: [ns(cost.layer_rtt_ns / 2.0), ns(cost.host_layer_rtt_ns / 2.0)],
+            host_slots: cost.host_instances as usize,
+            bytes_s: [cost.link_bytes_s, cost.host_link_bytes_s],
             loss: 0.01,
             doubled: 0.01,
         };
-        let place = |_| Place { life: 0, instance: None, paused: None, tick: None, load: 0 };
+        let place = |_| Place { life: 0, instance: None, paused: None, tick: None, load: 0, seen: BTreeMap::new() };
         let mut world = Self {
             now: Duration::ZERO,
             rng: ChaCha8Rng::seed_from_u64(config.seed),
@@ -277,7 +282,7 @@ impl World {
             }
         }
         let alive: Vec<_> = self.places.iter().filter_map(|place| place.instance.as_ref()).collect();
-        if let Err(broken) = checker::settled(&alive) {
+        if let Err(broken) = checker::settled(&alive).and_then(|()| checker::ledgers(&alive)) {
             return Some(self.violation("settled", broken));
         }
         let over =
@@ -340,10 +345,22 @@ impl World {
             _ => Vec::new(),
         };
         for slot in audited {
-            if let Some(it) = &self.places[slot].instance {
-                checker::instance(it).map_err(|broken| self.violation(&name, format!("instance {slot}: {broken}")))?;
+            self.audit(slot).map_err(|broken| self.violation(&name, format!("instance {slot}: {broken}")))?;
+        }
+        Ok(())
+    }
+
+    fn audit(&mut self, slot: Slot) -> Result<(), String> {
+        let mut seen = std::mem::take(&mut self.places[slot].seen);
+        if let Some(it) = &self.places[slot].instance {
+            checker::instance(it)?;
+            // Between two audits far apart a row may have gone and come again.
+            if self.config.every_event {
+                let all: Vec<_> = self.places.iter().filter_map(|place| place.instance.as_ref()).collect();
+                checker::ledger(it, &all, &mut seen)?;
             }
         }
+        self.places[slot].seen = seen;
         Ok(())
     }
 
@@ -593,6 +610,7 @@ impl World {
         place.life += 1;
         place.tick = None;
         place.load = 0;
+        place.seen.clear();
         let setup = self.config.setup.clone();
         place.instance = Some(Instance::new(setup, slot, place.life, self.config.instances, seed));
         self.touch(slot, |it, now| it.tick(now))

@@ -98,6 +98,7 @@ impl Setup {
             join: Vec::new(),
             fabric_listen: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),
             http: String::new(),
+            peers: None,
             fabric: self.fabric,
             lend: 1.0,
             creditor_threads: 1,
@@ -147,7 +148,8 @@ impl Setup {
 impl Cluster {
     pub fn submit(&self, prompt: Vec<u32>, max_tokens: usize, prompt_logprobs: bool) -> Stream {
         let sampling = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
-        let request = Request { prompt, sampling, max_tokens, stop_tokens: Vec::new(), prompt_logprobs };
+        let request =
+            Request { prompt, sampling, max_tokens, stop_tokens: Vec::new(), prompt_logprobs, resume: Vec::new() };
         self.node.handle().unwrap().submit(request).unwrap()
     }
 

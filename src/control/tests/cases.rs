@@ -43,6 +43,7 @@ fn profile(address: &str) -> Profile {
         control: vec![address.into()],
         creditor: vec!["somewhere".into()],
         http: String::new(),
+        peers: None,
     }
 }
 
@@ -389,6 +390,7 @@ impl Played {
             borrowed: 0,
             running: 0,
             waiting: 0,
+            wanted: 0,
             tokens_s: 0,
             perf: None,
             links: Vec::new(),

@@ -154,6 +154,7 @@ impl World {
             control: vec![plan.address.clone()],
             creditor: vec![format!("creditor-of-{}", plan.address)],
             http: String::new(),
+            peers: None,
         };
         let config = Config {
             started,

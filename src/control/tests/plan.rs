@@ -23,6 +23,7 @@ fn row(instance: u64, total: u32, free: u32) -> Row {
         control: Vec::new(),
         creditor: Vec::new(),
         http: String::new(),
+        peers: None,
     };
     Row {
         instance: InstanceId(instance),
@@ -36,6 +37,7 @@ fn row(instance: u64, total: u32, free: u32) -> Row {
         borrowed: 0,
         running: 4,
         waiting: 0,
+        wanted: 0,
         tokens_s: 0,
         perf: Some(PerfModel { fixed_ns: 1e7, row_ns: 1e4, key_ns: 50.0 }),
         links: Vec::new(),

@@ -18,6 +18,9 @@ pub const MAX_LOGPROBS: u32 = 20;
 /// Below this a temperature is greedy: dividing by it would overflow.
 const GREEDY_BELOW: f32 = 1e-5;
 
+/// 32-bit words of the random stream that one draw takes.
+const WORDS_A_DRAW: u128 = 2;
+
 /// How to choose tokens; the defaults are OpenAI's.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {
@@ -134,11 +137,21 @@ impl Sampler {
     /// A sampler for a request. `request_seed` is used where `params.seed` is
     /// not given.
     pub fn new(params: &SamplingParams, prompt: &[u32], request_seed: u64) -> Self {
+        Self::resumed(params, prompt, &[], request_seed)
+    }
+
+    /// A sampler for a request that has generated `generated` already,
+    /// elsewhere: it goes on as the one that chose those tokens would.
+    pub fn resumed(params: &SamplingParams, prompt: &[u32], generated: &[u32], request_seed: u64) -> Self {
         // The key is the seed itself: this does not depend on how a version of
         // a library stretches seeds.
         let mut key = [0; 32];
         key[..8].copy_from_slice(&params.seed.unwrap_or(request_seed).to_le_bytes());
-        Self { params: params.clone(), penalties: Penalties::new(params, prompt), rng: ChaCha8Rng::from_seed(key) }
+        let mut rng = ChaCha8Rng::from_seed(key);
+        if !params.is_greedy() {
+            rng.set_word_pos(generated.len() as u128 * WORDS_A_DRAW);
+        }
+        Self { params: params.clone(), penalties: Penalties::new(params, prompt, generated), rng }
     }
 
     /// Chooses the next token from `logits` `[vocab]`, which is overwritten,

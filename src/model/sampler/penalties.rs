@@ -16,6 +16,8 @@ pub(super) struct Penalties {
     /// Prompt tokens, until the vocabulary's size is known from the first
     /// logits.
     prompt: Vec<u32>,
+    /// Tokens generated before this sampler was made, until then.
+    generated: Vec<u32>,
     /// `[vocab]` occurrences in the output, and [`IN_PROMPT`].
     counts: Vec<u32>,
     /// Distinct tokens with a count.
@@ -24,7 +26,7 @@ pub(super) struct Penalties {
 
 impl Penalties {
     /// `None` where `params` asks for no penalty: then nothing is tracked.
-    pub(super) fn new(params: &SamplingParams, prompt: &[u32]) -> Option<Self> {
+    pub(super) fn new(params: &SamplingParams, prompt: &[u32], generated: &[u32]) -> Option<Self> {
         let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } = *params;
         if repetition_penalty == 1.0 && presence_penalty == 0.0 && frequency_penalty == 0.0 {
             return None;
@@ -35,6 +37,7 @@ impl Penalties {
             frequency: frequency_penalty,
             // Only the repetition penalty looks at the prompt.
             prompt: if repetition_penalty == 1.0 { Vec::new() } else { prompt.to_vec() },
+            generated: generated.to_vec(),
             counts: Vec::new(),
             seen: Vec::new(),
         })
@@ -85,6 +88,9 @@ impl Penalties {
                 self.seen.push(token);
             }
         }
+        for token in std::mem::take(&mut self.generated) {
+            self.record(token);
+        }
     }
 }
 
@@ -100,7 +106,7 @@ mod tests {
             frequency_penalty: 0.25,
             ..Default::default()
         };
-        let mut penalties = Penalties::new(&params, &[0, 1, 99]).unwrap();
+        let mut penalties = Penalties::new(&params, &[0, 1, 99], &[]).unwrap();
         let mut logits = [4.0, -4.0, 4.0, 4.0];
         penalties.apply(&mut logits);
         assert_eq!(logits, [2.0, -8.0, 4.0, 4.0]);
@@ -115,7 +121,7 @@ mod tests {
     #[test]
     fn presence_and_frequency_do_not_look_at_the_prompt() {
         let params = SamplingParams { presence_penalty: 1.0, ..Default::default() };
-        let mut penalties = Penalties::new(&params, &[0]).unwrap();
+        let mut penalties = Penalties::new(&params, &[0], &[]).unwrap();
         let mut logits = [1.0, 1.0];
         penalties.apply(&mut logits);
         assert_eq!(logits, [1.0, 1.0]);

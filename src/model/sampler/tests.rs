@@ -1,5 +1,5 @@
 use super::*;
-use proptest::prelude::{any, prop, prop_assert, prop_assert_eq, proptest};
+use proptest::prelude::{Just, any, prop, prop_assert, prop_assert_eq, prop_oneof, proptest};
 
 fn logits(seed: u64, vocab: usize) -> Vec<f32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -150,6 +150,32 @@ fn validation_names_the_field_and_its_range() {
 }
 
 proptest! {
+    /// Wherever a request is broken off, whoever goes on with it from the tokens
+    /// so far chooses what the first would have chosen.
+    #[test]
+    fn a_resumed_sampler_goes_on_as_an_undisturbed_one(
+        temperature in prop_oneof![Just(0.0f32), 0.2f32..2.0],
+        top_k in 0u32..30,
+        repetition_penalty in prop_oneof![Just(1.0f32), 1.05f32..2.0],
+        frequency_penalty in prop_oneof![Just(0.0f32), -1.0f32..2.0],
+        presence_penalty in prop_oneof![Just(0.0f32), -1.0f32..2.0],
+        cut in 0usize..40,
+        seed in any::<u64>(),
+    ) {
+        let params = SamplingParams {
+            temperature, top_k, repetition_penalty, frequency_penalty, presence_penalty, seed: Some(seed),
+            ..Default::default()
+        };
+        let (prompt, vocab, steps) = ([1, 2, 3], 50, 40);
+        // Flat enough that the penalties and the draws decide.
+        let row = |step: usize| logits(seed ^ step as u64, vocab).into_iter().map(|l| l * 0.2).collect::<Vec<_>>();
+        let mut whole = Sampler::new(&params, &prompt, 0);
+        let tokens: Vec<u32> = (0..steps).map(|step| whole.sample(&mut row(step)).unwrap().0).collect();
+        let mut rest = Sampler::resumed(&params, &prompt, &tokens[..cut], 99);
+        let again: Vec<u32> = (cut..steps).map(|step| rest.sample(&mut row(step)).unwrap().0).collect();
+        prop_assert_eq!(&again, &tokens[cut..]);
+    }
+
     /// Any parameters in range and any finite logits give a token of the
     /// vocabulary, one that truncation did not exclude.
     #[test]
