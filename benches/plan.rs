@@ -78,6 +78,7 @@ fn main() {
                 free: if own_debts { 2000 } else { 20 },
                 requests: held.collect(),
                 queue: (0..1000).map(|_| rng.random_range(10..200)).collect(),
+                reserved: BTreeMap::new(),
                 lent: vec![Debt { debtor: InstanceId(7), blocks: 40 }],
                 links: vec![LinkRow { peer: InstanceId(3), rtt_us: 8, mb_s: 20_000 }],
                 refused: BTreeSet::new(),

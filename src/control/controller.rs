@@ -198,7 +198,11 @@ impl Controller {
             let free = row.lendable(&shape);
             slack.free += free as usize;
             slack.spare += if row.waiting == 0 { free as usize } else { 0 };
-            slack.cap += if row.shape == Some(shape) { row.lend_cap() } else { free } as usize;
+            slack.cap += match (row.service, row.shape == Some(shape)) {
+                (Service::Draining, _) => 0,
+                (Service::Serving, true) => row.lend_cap() as usize,
+                (Service::Serving, false) => free as usize,
+            };
         }
         // One prompt at a time, so that two do not each gather a half: of those
         // that want memory the one whose instance has the least name is first.

@@ -129,6 +129,13 @@ impl Debts {
         self.loans.values().map(|loan| loan.blocks.len() as u32).sum()
     }
 
+    /// Blocks borrowed, by creditor.
+    pub fn by_creditor(&self) -> BTreeMap<InstanceId, u32> {
+        let mut owed = BTreeMap::new();
+        self.loans.values().for_each(|loan| *owed.entry(loan.creditor).or_default() += loan.blocks.len() as u32);
+        owed
+    }
+
     /// Whose loans are held.
     pub fn creditors(&self) -> impl Iterator<Item = InstanceId> + '_ {
         let mut last = None;

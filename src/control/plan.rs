@@ -78,6 +78,8 @@ pub struct Own {
     pub requests: Vec<Held>,
     /// What each waiting request needs, first come first.
     pub queue: Vec<u32>,
+    /// What creditors hold ready for it: lent, and not filled yet.
+    pub reserved: BTreeMap<InstanceId, u32>,
     /// Who owes it how much.
     pub lent: Vec<Debt>,
     /// Its links as measured.
@@ -201,10 +203,12 @@ impl Creditor {
         // Nobody who owes lends on, least of all to whom it owes.
         let owes = row.borrowed > 0 || own.lent.iter().any(|debt| debt.debtor == row.instance && debt.blocks > 0);
         let suits = !own.refused.contains(&row.instance) && !owes && row.waiting == 0;
-        let lendable = if suits { row.lendable(&own.shape) } else { 0 };
+        // What it has lent to us and we have not filled is there for us still.
+        let reserved = own.reserved.get(&row.instance).copied().unwrap_or(0);
+        let lendable = if suits { row.lendable(&own.shape).saturating_add(reserved) } else { 0 };
         // What a lender without a model could cut is not free yet, nor short.
         let cut = row.shape.as_ref() == Some(&own.shape);
-        let free = if cut { row.free() } else { lendable };
+        let free = if cut { row.free().saturating_add(reserved) } else { lendable };
         let owed = row.owed_by(own.instance);
         Self {
             spare: lendable.min(free.saturating_sub(low_water * 2)),

@@ -47,7 +47,14 @@ impl Controller {
     pub(super) fn plan(&mut self, now: Duration, requests: Vec<Held>, queue: Vec<u32>) {
         let Some(shape) = self.config.shape else { return };
         self.planning.refused.retain(|_, until| *until > now);
+        let mut reserved = self.debts.by_creditor();
+        for (creditor, placed) in requests.iter().flat_map(|held| &held.remote) {
+            if let Some(blocks) = reserved.get_mut(creditor) {
+                *blocks = blocks.saturating_sub(*placed);
+            }
+        }
         let own = Own {
+            reserved,
             instance: self.config.instance,
             shape,
             total: self.rmanager.pool().map_or(0, |pool| pool.blocks()),

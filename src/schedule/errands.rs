@@ -1,5 +1,6 @@
 //! Planned moves of running sequences' KV (the gManager's plan, carried out):
-//! to a creditor, home, or from one creditor to another by way of home.
+//! to a creditor, home, or from one creditor to another by way of home (as many
+//! leave for the one as come from the other; which they are does not matter).
 //!
 //! A few rBlocks a step go, at the [`Pace`]; a sequence never stops for it. What
 //! leaves rides on a step as a prompt's blocks do: written while the layers are
@@ -16,6 +17,9 @@ use crate::kv::block_table::Placement;
 use crate::kv::entry::{BlockRef, Owner};
 use crate::kv::moves::{Errand, Held};
 use crate::kv::rblock::{BlockIndex, InstanceId, LoanId};
+
+/// rBlocks that may leave for one creditor before as many have come from another.
+const AHEAD: usize = 4;
 
 /// An rBlock on its way home.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,8 +128,9 @@ impl Scheduler {
             let blocks = blocks as usize;
             let Some(s) = self.admitted.iter_mut().find(|s| s.id == seq) else { continue };
             let rest = blocks.saturating_sub(at.left);
-            // What goes on to another creditor must have come from the first.
-            let due = if from.is_some() { rest.min(at.came.saturating_sub(at.left)) } else { rest };
+            // On the way from one creditor to another blocks leave before others come:
+            // they make the room for them here.
+            let due = if from.is_some() { rest.min((at.came + AHEAD).saturating_sub(at.left)) } else { rest };
             let room: usize = s.loans.iter().filter(|l| l.creditor == to).map(|l| l.blocks.len() - l.assigned).sum();
             if room < rest && s.settled() && !s.borrowing {
                 s.planned = true;
@@ -181,7 +186,9 @@ impl Scheduler {
         }
         let mut budget = self.errands.pace.left().max(usize::from(self.errands.fetches.is_empty()));
         let low_water = self.admitted.len().max(2);
-        let mut room = self.obtainable().saturating_sub(self.promised() + low_water);
+        // What a sequence that decodes was promised for its prompt is done with.
+        let promised: usize = self.admitted.iter().filter(|s| !s.settled()).map(Sequence::promised).sum();
+        let mut room = self.obtainable().saturating_sub(promised + low_water);
         let mut under_way = std::mem::take(&mut self.errands.under_way);
         for at in &mut under_way {
             let Errand { request: seq, blocks, from: Some(creditor), .. } = at.errand else { continue };

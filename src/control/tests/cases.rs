@@ -280,30 +280,30 @@ fn a_lost_creditor_is_told_with_its_loans_and_its_debtor_goes_on() {
 fn a_loan_shrinks_at_its_debtors_word_and_what_is_free_again_is_lent_again() {
     let mut world = cluster(1, &[8, 40, 8]);
     let creditor = world.nodes[1].instance;
-    world.input(0, Input::Borrow { request: 1, blocks: 38, avoid: &[], only: Some(creditor) });
+    world.input(0, Input::Borrow { request: 1, blocks: 18, avoid: &[], only: Some(creditor) });
     world.run_for(ms(300));
     let loan = world.nodes[0].loans[&1][0].clone();
-    assert_eq!((loan.creditor, loan.blocks.len()), (creditor, 38), "nobody else was asked");
+    assert_eq!((loan.creditor, loan.blocks.len()), (creditor, 18), "nobody else was asked");
     world.input(0, Input::ShrinkLoan { creditor, loan: loan.loan, keep: 5 });
     world.nodes[0].loans.get_mut(&1).unwrap()[0].blocks.truncate(5);
     world.run_for(ms(300));
     assert_eq!(world.nodes[1].control.rmanager().lent(), 5);
     let record = world.nodes[1].control.rmanager().loans().next().unwrap().clone();
     assert_eq!(record.blocks, loan.blocks[..5]);
-    world.input(2, Input::Borrow { request: 9, blocks: 35, avoid: &[], only: Some(creditor) });
+    world.input(2, Input::Borrow { request: 9, blocks: 15, avoid: &[], only: Some(creditor) });
     world.run_for(ms(300));
-    assert_eq!(world.nodes[2].loans[&9][0].blocks.len(), 35);
+    assert_eq!(world.nodes[2].loans[&9][0].blocks.len(), 15);
     world.check_quiet();
 }
 
 #[test]
 fn where_a_creditor_drains_its_debtor_plans_to_move_and_says_why() {
     let mut world = cluster(1, &[20, 40, 40]);
-    world.input(0, Input::Borrow { request: 1, blocks: 30, avoid: &[], only: None });
+    world.input(0, Input::Borrow { request: 1, blocks: 15, avoid: &[], only: None });
     world.run_for(ms(300));
     let creditor = world.nodes[0].loans[&1][0].creditor;
     let at = world.nodes.iter().position(|n| n.instance == creditor).unwrap();
-    let held = Held { request: 1, tokens: 600, local: 8, remote: [(creditor, 30)].into() };
+    let held = Held { request: 1, tokens: 100, local: 8, remote: [(creditor, 15)].into() };
     let plan = || Input::Plan { requests: vec![held.clone()], queue: Vec::new() };
     world.input(0, plan());
     assert!(world.nodes[0].moves.is_empty(), "{:?}", world.nodes[0].moves);
@@ -312,7 +312,7 @@ fn where_a_creditor_drains_its_debtor_plans_to_move_and_says_why() {
     world.input(0, plan());
     let other = world.nodes[3 - at].instance;
     let moves = &world.nodes[0].moves;
-    assert_eq!(moves.iter().map(|m| m.blocks).sum::<u32>(), 30);
+    assert_eq!(moves.iter().map(|m| m.blocks).sum::<u32>(), 15);
     assert!(moves.iter().all(|m| m.from == Place::At(creditor) && m.why == Reason::CreditorLeaves), "{moves:?}");
     assert!(moves.iter().any(|m| m.to == Place::At(other)), "{moves:?}");
     let decisions = world.nodes[0].control.view(world.now).decisions;

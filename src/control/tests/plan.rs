@@ -66,6 +66,7 @@ fn own(total: u32, free: u32, requests: Vec<Held>, queue: &[u32]) -> Own {
         free,
         requests,
         queue: queue.to_vec(),
+        reserved: BTreeMap::new(),
         lent: Vec::new(),
         links: Vec::new(),
         refused: BTreeSet::new(),
@@ -136,7 +137,8 @@ fn what_lies_away_comes_home_where_there_is_room_and_both_are_faster_so() {
     };
     let requests = || vec![held(1, 100, &[(2, 60)])];
     let ledger = ledger([row(1, 1000, 800), lent(60)]);
-    let mut free = own(1000, 800, requests(), &[]);
+    let far = |own: Own| Own { links: vec![LinkRow { peer: InstanceId(2), rtt_us: 2000, mb_s: 0 }], ..own };
+    let mut free = far(own(1000, 800, requests(), &[]));
     let moves = plan(&ledger, &free);
     assert_eq!(
         moves.iter().map(|m| (m.blocks, m.from, m.to)).collect::<Vec<_>>(),
@@ -144,9 +146,24 @@ fn what_lies_away_comes_home_where_there_is_room_and_both_are_faster_so() {
     );
     assert!(matches!(moves[0].why, Reason::Throughput { before, after } if after > before));
     // Not where it would be wanted soon, nor where nothing is known of the time.
-    assert!(plan(&ledger, &own(1000, 130, requests(), &[40])).is_empty());
+    assert!(plan(&ledger, &far(own(1000, 130, requests(), &[40]))).is_empty());
     free.perf = None;
     assert!(plan(&ledger, &free).is_empty());
+}
+
+#[test]
+fn what_a_creditor_has_lent_already_and_is_not_filled_does_not_make_it_short() {
+    let mut near_empty = row(2, 1000, 20);
+    near_empty.tiers[0].lent = 300;
+    near_empty.debts = vec![Debt { debtor: ME, blocks: 300 }];
+    let ledger = ledger([row(1, 1000, 5), near_empty]);
+    let mut own = own(1000, 5, vec![held(1, 900, &[(2, 50)])], &[100]);
+    own.reserved = [(InstanceId(2), 250)].into();
+    let moves = plan(&ledger, &own);
+    assert!(!moves.is_empty());
+    assert!(moves.iter().all(|m| m.from == Place::Home && m.to == Place::At(InstanceId(2))), "{moves:?}");
+    own.reserved.clear();
+    assert!(plan(&ledger, &own).iter().all(|m| m.from != Place::Home), "it could lend no more");
 }
 
 #[test]
@@ -181,6 +198,8 @@ fn paper_v1_debt_circles_are_cancelled_by_bringing_blocks_home() {
     rows[2].debts = vec![Debt { debtor: InstanceId(2), blocks: 50 }];
     let mut own = own(1000, 500, vec![held(1, 100, &[(2, 35)]), held(2, 10, &[(2, 5)])], &[]);
     own.lent = rows[0].debts.clone();
+    // So that nothing moves for the sake of throughput.
+    own.perf = None;
     let moves = plan(&ledger(rows.clone()), &own);
     let circle = vec![ME, InstanceId(2), InstanceId(3)];
     let why = Reason::DebtCircle { circle, blocks: 30 };
