@@ -6,7 +6,8 @@
 //! [`ledger`] (what is known of all instances, a [`row`] each), [`rmanager`]
 //! (what this instance lends), [`debts`] (what it borrows), [`message`] (what is
 //! said), [`seal`] (who is heard), [`plan`] and [`perf`] (what should move, and
-//! what that is judged by), [`view`] (what people see).
+//! what that is judged by), [`view`] (what people see),
+//! [`slack`] (what the scheduler is told of the others).
 
 mod borrowing;
 mod codec;
@@ -23,6 +24,7 @@ pub mod plan;
 pub mod rmanager;
 pub mod row;
 pub mod seal;
+pub mod slack;
 pub mod swim;
 pub mod view;
 mod wire;
