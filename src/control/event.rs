@@ -198,20 +198,6 @@ pub enum Output {
     Drained,
 }
 
-/// Memory elsewhere, by the ledger, in rBlocks of the instance's shape.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Slack {
-    /// Free, and may be lent.
-    pub free: usize,
-    /// Of that, with members that have no prompt waiting.
-    pub spare: usize,
-    /// Lent at most.
-    pub cap: usize,
-    /// To be kept free here for a prompt elsewhere that is too long for its
-    /// instance.
-    pub hold: usize,
-}
-
 /// Things worth a line in the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Note {

@@ -38,6 +38,9 @@ const MAX_PUSH: usize = 4;
 pub struct Gossip {
     ledger: Ledger,
     hot: BTreeMap<InstanceId, u8>,
+    /// Where among the hot rows the next round begins, so that each has its turn
+    /// where one round has no room for all.
+    turn: u64,
     /// The instance with which the next digest page begins; 0: the first.
     page: u64,
     next: Duration,
@@ -90,7 +93,10 @@ impl Gossip {
         if up.is_empty() {
             return;
         }
-        let hot: Vec<&Row> = self.hot.keys().filter_map(|instance| self.ledger.get(*instance)).collect();
+        let turn = InstanceId(self.turn);
+        let order: Vec<InstanceId> =
+            self.hot.range(turn..).chain(self.hot.range(..turn)).map(|(instance, _)| *instance).collect();
+        let hot: Vec<&Row> = order.iter().filter_map(|instance| self.ledger.get(*instance)).collect();
         let batches = batches(hot, MAX_PUSH);
         let pushed: usize = batches.iter().map(Vec::len).sum();
         for _ in 0..PUSH_PEERS.min(up.len()) {
@@ -100,11 +106,11 @@ impl Gossip {
             }
         }
         // Those that found no room stay as hot as they were.
-        let done: Vec<InstanceId> = self.hot.keys().take(pushed).copied().collect();
-        for instance in done {
-            match self.hot.get_mut(&instance) {
+        self.turn = order.get(pushed).map_or(0, |instance| instance.0);
+        for instance in &order[..pushed.min(order.len())] {
+            match self.hot.get_mut(instance) {
                 Some(rounds) if *rounds > 1 => *rounds -= 1,
-                _ => drop(self.hot.remove(&instance)),
+                _ => drop(self.hot.remove(instance)),
             }
         }
         let (digest, next) = self.page(InstanceId(self.page), None);
@@ -170,7 +176,8 @@ fn choose<'a, R: Rng>(up: &'a BTreeMap<InstanceId, Member>, rng: &mut R) -> &'a 
 
 /// Time between two versions of one's own row in a cluster of `members`: the
 /// more there are, the rarer each speaks, so that what a node takes in and
-/// passes on stays within some tens of kilobytes a second.
+/// passes on stays within some tens of kilobytes a second, and within what the
+/// rounds have room for.
 pub fn pace(members: usize) -> Duration {
-    Duration::from_millis(12 * members as u64).clamp(Duration::from_millis(100), Duration::from_secs(15))
+    Duration::from_millis(15 * members as u64).clamp(Duration::from_millis(100), Duration::from_secs(15))
 }

@@ -7,7 +7,7 @@
 //! (what this instance lends), [`debts`] (what it borrows), [`message`] (what is
 //! said), [`seal`] (who is heard), [`plan`] and [`perf`] (what should move, and
 //! what that is judged by), [`placement`] (where a request runs), [`view`] (what
-//! people see).
+//! people see), [`slack`] (what the scheduler is told of the others).
 
 mod borrowing;
 mod codec;
@@ -26,6 +26,7 @@ mod planning;
 pub mod rmanager;
 pub mod row;
 pub mod seal;
+pub mod slack;
 pub mod swim;
 pub mod view;
 mod wire;

@@ -255,7 +255,9 @@ fn config(size: usize) -> foca::Config {
     // Whoever knows passes on, so a member hears each piece about this many
     // times, and of `size`² pairs all are to have heard: 4 log₁₀ left 1 in 2000
     // pairs at 256 members to chance, which took tens of seconds.
-    let transmissions = 6.0 * ((size + 1) as f64).log10();
+    // The least is for small clusters: a suspicion that is lost each time it is
+    // sent cannot be refuted.
+    let transmissions = (6.0 * ((size + 1) as f64).log10()).max(6.0);
     let every = |ms, members| Some(PeriodicParams { frequency: Duration::from_millis(ms), num_members: some(members) });
     foca::Config {
         probe_period: PROBE_PERIOD,

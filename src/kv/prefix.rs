@@ -99,7 +99,14 @@ impl PrefixCache {
     /// Blocks that nobody else holds, counted one by one: as many as
     /// [`evict`](Self::evict) can free.
     pub fn evictable(&self, table: &RBlockTable) -> usize {
-        self.nodes.values().filter(|n| table.entry(n.block.index).is_some_and(|e| e.refs == 1)).count()
+        self.evictable_up_to(table, usize::MAX)
+    }
+
+    /// As [`evictable`](Self::evictable), but counts no further than `most`: in
+    /// a full cache the first few blocks tell that there are enough.
+    pub fn evictable_up_to(&self, table: &RBlockTable, most: usize) -> usize {
+        let sole = |n: &&Node| table.entry(n.block.index).is_some_and(|e| e.refs == 1);
+        self.nodes.values().filter(sole).take(most).count()
     }
 
     /// The longest run of full blocks that begins `tokens` and is held, with

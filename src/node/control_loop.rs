@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use distkv_fabric::{Address, Event, PeerId, Transport, Waker};
 
 use super::datagrams::Datagrams;
-use crate::control::controller::{Controller, Input, Loan, LocalStats, Note, Output, Slack};
+use crate::control::controller::{Controller, Input, Loan, LocalStats, Note, Output};
+use crate::control::slack::Slack;
 use crate::control::view::LedgerView;
 use crate::engine::{Command, GrantedLoan, Treasury};
 use crate::kv::moves::Held;

@@ -27,7 +27,14 @@ impl Scheduler {
     }
 
     pub(super) fn obtainable(&self) -> usize {
-        self.pool.table().counts().free as usize + self.prefix().evictable(self.pool.table())
+        self.obtainable_up_to(usize::MAX)
+    }
+
+    /// Local blocks that are free or only cached; `most`, or more, where there
+    /// are so many. What is cached is counted one by one.
+    pub(super) fn obtainable_up_to(&self, most: usize) -> usize {
+        let free = self.pool.table().counts().free as usize;
+        free + self.prefix().evictable_up_to(self.pool.table(), most.saturating_sub(free))
     }
 
     /// Local blocks that admitted sequences were promised and have not taken.
@@ -102,11 +109,11 @@ impl Scheduler {
         let low_water = self.admitted.len().max(2) as isize;
         let enough = |blocks: usize| blocks as isize - needed as isize >= low_water;
         // What the prefix cache could give back is counted one by one: only
-        // where it matters.
+        // where it matters, and no further.
         if self.admitted.is_empty() || enough(self.pool.table().counts().free as usize) {
             return;
         }
-        let obtainable = self.obtainable();
+        let obtainable = self.obtainable_up_to(needed + low_water.unsigned_abs());
         if enough(obtainable) {
             return;
         }

@@ -330,7 +330,8 @@ impl Scheduler {
                 }
             }
             let missing = need - s.table.len();
-            let available = self.obtainable().saturating_sub(self.promised());
+            let promised = self.promised();
+            let available = self.obtainable_up_to(missing + self.hold + promised).saturating_sub(promised);
             let pool_blocks = self.pool.blocks() as usize;
             let first = self.admitted.is_empty();
             // What is kept for a long prompt elsewhere is not for those that

@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use super::lender::Sabotage;
 use super::network::{Arrival, Slot};
-use crate::control::controller::{Config, Controller, Input, LocalStats, Output, Slack};
+use crate::control::controller::{Config, Controller, Input, LocalStats, Output};
 use crate::control::message::{Packet, Role};
 use crate::control::rmanager::RManager;
 use crate::control::row::{Profile, Stamp};
 use crate::control::seal::{KEY_BYTES, NONCE_BYTES, Seal};
+use crate::control::slack::Slack;
 use crate::kv::moves::{Errand, Held};
 use crate::kv::rblock::{InstanceId, KvShape, LoanId};
 use crate::schedule::sequence::HeldLoan;

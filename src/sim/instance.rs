@@ -9,12 +9,13 @@ use std::time::Duration;
 use super::control::{Call, Control, Identity, News, slot_of};
 use super::cost::CostModel;
 use super::debtor::{Debtor, LANE_ASK, LaneCall, LaneState};
-use super::lender::{Entry, LaneMessage, Lender, Placed, Sabotage, Verdict};
+use super::lender::{Entry, LaneMessage, Lender, Sabotage, Verdict};
 use super::network::{Arrival, Port, Slot};
 use super::toy::{self, Memory};
-use crate::control::controller::{LocalStats, Slack};
+use crate::control::controller::LocalStats;
 use crate::control::perf::PerfModel;
 use crate::control::rmanager::{PoolSource, RManager};
+use crate::control::slack::Slack;
 use crate::kv::pool::KvPool;
 use crate::kv::prefix::PrefixCache;
 use crate::kv::rblock::{InstanceId, KvDtype, KvShape, LoanId};
@@ -179,9 +180,9 @@ pub struct Instance {
     pub scheduler: Scheduler,
     /// Figures.
     pub figures: Figures,
-    setup: Setup,
-    memory: Memory,
-    debtor: Debtor,
+    pub(super) setup: Setup,
+    pub(super) memory: Memory,
+    pub(super) debtor: Debtor,
     lender: Lender,
     running: BTreeMap<SeqId, Running>,
     next_seq: SeqId,
@@ -460,7 +461,7 @@ impl Instance {
         }
     }
 
-    fn asks(&mut self, now: Duration) {
+    pub(super) fn asks(&mut self, now: Duration) {
         let asks: Vec<_> = self.scheduler.drain_asks().collect();
         for ask in asks {
             match ask {
@@ -493,57 +494,8 @@ impl Instance {
         self.asks(now);
     }
 
-    /// Takes blocks in that have come home by plan, and asks for more.
-    fn bring_home(&mut self, now: Duration) {
-        for (ticket, values) in self.debtor.take_landed() {
-            let to = self.scheduler.landing(ticket);
-            if let (Some(block), Some(values)) = (to, &values) {
-                self.memory.fill(block, values);
-            }
-            self.scheduler.landed(ticket, values.is_some());
-        }
-        let mut fetches = Vec::new();
-        self.scheduler.next_fetches(|creditor| self.debtor.landing_slots(creditor), &mut fetches);
-        for fetch in fetches {
-            if !self.debtor.fetch(fetch.ticket, fetch.creditor, (fetch.loan, fetch.epoch), fetch.block) {
-                self.scheduler.landed(fetch.ticket, false);
-            }
-        }
-        self.asks(now);
-    }
-
-    fn move_blocks(&mut self, now: Duration) {
-        let mut moves = Vec::new();
-        self.scheduler.plan_moves(&mut moves);
-        if !moves.is_empty() {
-            self.write(now, &moves);
-            self.settle_losses(now);
-            self.scheduler.moved(&mut moves);
-            self.place(&moves);
-        }
-        self.asks(now);
-    }
-
     fn send(&mut self, conn: u64, bytes: u64, payload: Payload) {
         self.effects.push(Effect::Send { conn, bytes, since: None, payload });
-    }
-
-    /// Writes rBlocks to creditors; their layers leave from `since` on.
-    fn write(&mut self, since: Duration, spills: &[Spill]) {
-        self.figures.moves += spills.len() as u64;
-        for spill in spills {
-            let bytes = self.setup.cost.token_bytes * u64::from(spill.tokens);
-            let values = self.memory.block(spill.local.index);
-            self.debtor.write(since, spill.creditor, spill.block, values, bytes);
-        }
-    }
-
-    /// What was written is told of with the next plan.
-    fn place(&mut self, spills: &[Spill]) {
-        for spill in spills {
-            let Spill { loan, block, position, tokens, .. } = *spill;
-            self.debtor.place(spill.creditor, Placed { loan, block, position, tokens });
-        }
     }
 
     fn begin_step(&mut self, now: Duration) {
@@ -657,7 +609,7 @@ impl Instance {
 
     // ---- losses -----------------------------------------------------------------
 
-    fn settle_losses(&mut self, now: Duration) {
+    pub(super) fn settle_losses(&mut self, now: Duration) {
         for (creditor, reason) in self.debtor.take_lost() {
             self.lose(now, creditor, None, &reason);
         }

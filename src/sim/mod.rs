@@ -19,6 +19,7 @@ pub mod fault;
 pub mod gossip;
 pub mod instance;
 pub mod lender;
+mod moves;
 pub mod network;
 pub mod report;
 pub mod toy;

@@ -25,6 +25,8 @@ use crate::schedule::scheduler::SchedulerConfig;
 
 /// A client tries again this long after an error.
 const RETRY: Duration = Duration::from_millis(500);
+/// Within this time a member that was taken for dead is back in all ledgers.
+const RETURN: Duration = Duration::from_secs(20);
 /// Events between two audits where not every event is audited.
 const SELDOM: u64 = 2000;
 
@@ -281,9 +283,22 @@ impl World {
                 return Some(violation);
             }
         }
-        let alive: Vec<_> = self.places.iter().filter_map(|place| place.instance.as_ref()).collect();
-        if let Err(broken) = checker::settled(&alive).and_then(|()| checker::ledgers(&alive)) {
+        let alive = |world: &Self, check: fn(&[&Instance]) -> Result<(), String>| {
+            check(&world.places.iter().filter_map(|place| place.instance.as_ref()).collect::<Vec<_>>())
+        };
+        if let Err(broken) = alive(self, checker::settled) {
             return Some(self.violation("settled", broken));
+        }
+        // Datagrams are lost at any time, so that somebody may be taken for dead
+        // just now: then the ledgers agree once it is back.
+        let patience = self.now + RETURN;
+        while let Err(broken) = alive(self, checker::ledgers) {
+            if self.now > patience {
+                return Some(self.violation("ledgers", broken));
+            }
+            if let Err(violation) = self.step() {
+                return Some(violation);
+            }
         }
         let over =
             self.places.iter_mut().filter_map(|place| place.instance.as_mut()).find_map(|it| checker::over(it).err());
