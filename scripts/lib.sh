@@ -39,6 +39,8 @@ nodes_begin() {
 start_node() {
     local name="$1" deadline=$((SECONDS + ${NODE_DEADLINE:-120}))
     shift
+    # That of an earlier node of this name must not be taken for its word.
+    : >"$NODES/$name.log"
     "$BIN" serve --listen 127.0.0.1:0 --fabric-listen 127.0.0.1:0 "$@" >"$NODES/$name.out" 2>"$NODES/$name.log" &
     NODE_PID[$name]=$!
     until grep -q '^distkv: ready' "$NODES/$name.log"; do
