@@ -37,10 +37,10 @@ const MAX_PUSH: usize = 4;
 #[derive(Default)]
 pub struct Gossip {
     ledger: Ledger,
-    hot: BTreeMap<InstanceId, u8>,
-    /// Where among the hot rows the next round begins, so that each has its turn
-    /// where one round has no room for all.
-    turn: u64,
+    /// Rounds that each is still hot for, and when it became so.
+    hot: BTreeMap<InstanceId, (u8, u64)>,
+    /// Rows learned so far.
+    learned: u64,
     /// The instance with which the next digest page begins; 0: the first.
     page: u64,
     next: Duration,
@@ -67,7 +67,8 @@ impl Gossip {
         let instance = row.instance;
         let news = self.ledger.merge(row);
         if news {
-            self.hot.insert(instance, PUSH_ROUNDS);
+            self.learned += 1;
+            self.hot.insert(instance, (PUSH_ROUNDS, self.learned));
         }
         news
     }
@@ -93,9 +94,10 @@ impl Gossip {
         if up.is_empty() {
             return;
         }
-        let turn = InstanceId(self.turn);
-        let order: Vec<InstanceId> =
-            self.hot.range(turn..).chain(self.hot.range(..turn)).map(|(instance, _)| *instance).collect();
+        // The newest first: where a round has no room for all, as when a whole
+        // cluster starts, what is older has most likely arrived by other ways.
+        let mut order: Vec<InstanceId> = self.hot.keys().copied().collect();
+        order.sort_by_key(|instance| std::cmp::Reverse(self.hot.get(instance).map(|(_, learned)| *learned)));
         let hot: Vec<&Row> = order.iter().filter_map(|instance| self.ledger.get(*instance)).collect();
         let batches = batches(hot, MAX_PUSH);
         let pushed: usize = batches.iter().map(Vec::len).sum();
@@ -106,10 +108,9 @@ impl Gossip {
             }
         }
         // Those that found no room stay as hot as they were.
-        self.turn = order.get(pushed).map_or(0, |instance| instance.0);
         for instance in &order[..pushed.min(order.len())] {
             match self.hot.get_mut(instance) {
-                Some(rounds) if *rounds > 1 => *rounds -= 1,
+                Some((rounds, _)) if *rounds > 1 => *rounds -= 1,
                 _ => drop(self.hot.remove(instance)),
             }
         }

@@ -21,6 +21,8 @@ use crate::kv::rblock::InstanceId;
 const FOLLOWED: usize = 8;
 /// Longest time for the nodes to find each other.
 const JOIN: Duration = Duration::from_secs(120);
+/// From the nodes' having found each other until they are looked at.
+const SETTLE: Duration = Duration::from_secs(20);
 
 /// What to simulate.
 #[derive(Clone, Copy, Debug)]
@@ -179,6 +181,8 @@ impl World {
     }
 
     fn watch(&mut self) {
+        // What the start has stirred up goes first: each row is new everywhere.
+        self.run_until(self.now + SETTLE);
         let sent = |w: &Self| w.nodes.iter().map(|n| n.controller.stats().datagram_bytes).collect::<Vec<_>>();
         let before = sent(self);
         self.following = true;

@@ -34,7 +34,8 @@ fn small(seed: u64, sabotage: Sabotage) -> Outcome {
     World::new(config).run()
 }
 
-/// The planted bug is found within so many seeds.
+/// The planted bug is found within so many seeds. Found first: reservation by
+/// seed 0, lease by 58, epoch by 1, merge by 1, late partial by 8.
 fn found(sabotage: Sabotage, seeds: u64) {
     for seed in 0..seeds {
         if let Some(violation) = small(seed, sabotage).report.violation {
@@ -52,7 +53,7 @@ fn a_grant_that_reserves_nothing_is_found() {
 
 #[test]
 fn a_loan_used_after_its_end_is_found() {
-    // Seed 58; few borrow for long enough.
+    // Few borrow for long enough.
     found(Sabotage::Lease, 150);
 }
 
