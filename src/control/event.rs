@@ -171,6 +171,12 @@ pub enum Output {
         /// As the time given to `handle`.
         until: std::time::Duration,
     },
+    /// A creditor whose loans are held is draining: what it holds ready and is
+    /// not used should go back. Told with each plan while it lasts.
+    CreditorLeaves {
+        /// Who.
+        creditor: InstanceId,
+    },
     /// Loans that were [granted](Output::Granted) are gone, and with them the
     /// KV in their blocks.
     LoansLost {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::controller::Controller;
 use super::event::Output;
+use super::message::Service;
 use super::plan::{Held, Limits, Move, Own, Reason, plan};
 use super::view::DecisionEntry;
 use crate::kv::rblock::InstanceId;
@@ -80,6 +81,11 @@ impl Controller {
                 self.planning.decisions.pop_front();
             }
         }
+        let leaves = |creditor: &InstanceId| {
+            self.gossip.ledger().get(*creditor).is_some_and(|row| row.service == Service::Draining)
+        };
+        let leaving: Vec<_> = self.debts.creditors().filter(leaves).collect();
+        self.outputs.extend(leaving.into_iter().map(|creditor| Output::CreditorLeaves { creditor }));
         // Said again while it is not done: a move may have been given up.
         if !moves.is_empty() || !self.planning.current.is_empty() {
             self.planning.current.clone_from(&moves);

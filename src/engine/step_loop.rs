@@ -124,6 +124,8 @@ pub enum Command {
         /// When.
         until: Instant,
     },
+    /// A creditor is draining.
+    CreditorLeaves(InstanceId),
     /// What should lie elsewhere, in place of what was said before.
     Moves(Vec<Errand>),
     /// Memory that had been lent from this instance's pool came back.
@@ -401,6 +403,7 @@ where
                 self.scheduler.set_slack(spare, hold);
             }
             Command::LeaseUntil { creditor, until } => self.debtor.lease_until(creditor, until),
+            Command::CreditorLeaves(creditor) => self.scheduler.creditor_leaves(creditor),
             Command::Moves(errands) => self.scheduler.direct(errands),
             Command::MemoryReturned => self.scheduler.memory_changed(),
             Command::Stop => self.stopped = true,

@@ -276,6 +276,7 @@ impl ControlLoop {
             Output::LeaseUntil { creditor, until } => {
                 self.tell_engine(Command::LeaseUntil { creditor, until: state.start + until });
             }
+            Output::CreditorLeaves { creditor } => self.tell_engine(Command::CreditorLeaves(creditor)),
             Output::Moves(moves) => {
                 for planned in &moves {
                     tracing::debug!(?planned, "a move is planned");

@@ -103,6 +103,21 @@ impl Scheduler {
         self.errands.under_way = errands.into_iter().filter(|e| e.from != e.to).map(progress).collect();
     }
 
+    /// A creditor leaves: what it holds ready for sequences that decode, and they
+    /// do not use, goes back at once. (A prompt under way counts on it still.)
+    pub fn creditor_leaves(&mut self, creditor: InstanceId) {
+        let mut empty = Vec::new();
+        for s in self.admitted.iter_mut().filter(|s| s.settled()) {
+            while let Some(at) = s.loans.iter().position(|l| l.creditor == creditor && l.assigned == 0) {
+                empty.push(s.loans.remove(at));
+            }
+            for held in s.loans.iter_mut().filter(|l| l.creditor == creditor && l.assigned < l.blocks.len()) {
+                held.truncate(held.assigned, &mut self.asks);
+            }
+        }
+        empty.into_iter().for_each(|loan| self.repay(loan));
+    }
+
     /// rBlocks that planned moves took to creditors and home so far.
     pub fn planned_moves(&self) -> (u64, u64) {
         (self.errands.sent, self.errands.fetched)

@@ -9,7 +9,7 @@
 /// A step may take this much longer than expected before moves are to blame.
 const TOLERANCE: f64 = 1.1;
 /// Slowest rate, rBlocks a step: a plan is carried out in the end.
-const SLOWEST: f64 = 0.125;
+const SLOWEST: f64 = 0.5;
 
 /// The rate of planned moves. See the module's page.
 #[derive(Debug)]
@@ -75,7 +75,7 @@ mod tests {
                 moved
             })
             .sum();
-        assert_eq!(steps, 8, "an rBlock every eighth step is the least");
+        assert_eq!(steps, 32, "an rBlock every other step is the least");
     }
 
     #[test]

@@ -225,6 +225,11 @@ impl World {
             errands.push(Errand { request: held.request, blocks: self.rng.random_range(1..8), from, to });
         }
         self.scheduler.direct(errands);
+        if self.rng.random_bool(0.2)
+            && let Some(creditor) = places[self.rng.random_range(0..places.len())]
+        {
+            self.scheduler.creditor_leaves(creditor);
+        }
     }
 
     /// rBlocks come home, in the order asked for of each creditor; those of lost

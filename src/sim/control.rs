@@ -71,6 +71,8 @@ pub enum News {
     CreditorLost(InstanceId),
     /// What members may have for us.
     Slack(Slack),
+    /// A creditor is draining.
+    CreditorLeaves(InstanceId),
     /// What should lie elsewhere.
     Moves(Vec<Errand>),
     /// Lent memory came back.
@@ -291,6 +293,7 @@ impl Control {
                 self.slack = None;
                 self.news.push(News::Refused { request, reason: reason.to_string() });
             }
+            Output::CreditorLeaves { creditor } => self.news.push(News::CreditorLeaves(creditor)),
             Output::Moves(moves) => self.news.push(News::Moves(moves.iter().map(Into::into).collect())),
             Output::LoansLost { loans } => {
                 self.news.push(News::LoansLost(loans.iter().map(|l| (l.creditor, l.loan)).collect()));

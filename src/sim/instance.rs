@@ -456,6 +456,7 @@ impl Instance {
                 self.scheduler.set_lendable(free, cap);
                 self.scheduler.set_slack(spare, hold);
             }
+            News::CreditorLeaves(creditor) => self.scheduler.creditor_leaves(creditor),
             News::Moves(errands) => self.scheduler.direct(errands),
             News::MemoryReturned => self.scheduler.memory_changed(),
         }

@@ -311,6 +311,7 @@ fn where_a_creditor_drains_its_debtor_plans_to_move_and_says_why() {
     world.run_for(ms(500));
     world.input(0, plan());
     let other = world.nodes[3 - at].instance;
+    assert_eq!(world.nodes[0].leaving, Some(creditor));
     let moves = &world.nodes[0].moves;
     assert_eq!(moves.iter().map(|m| m.blocks).sum::<u32>(), 15);
     assert!(moves.iter().all(|m| m.from == Place::At(creditor) && m.why == Reason::CreditorLeaves), "{moves:?}");

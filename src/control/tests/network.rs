@@ -58,6 +58,8 @@ pub struct Node {
     /// Borrowings not answered.
     pub borrowing: BTreeMap<u64, u32>,
     pub refused: Vec<u64>,
+    /// A creditor that drains, as told.
+    pub leaving: Option<InstanceId>,
     /// Until when each creditor's loans are in force.
     pub leases: BTreeMap<InstanceId, Duration>,
     /// The last plan.
@@ -173,6 +175,7 @@ impl World {
             loans: BTreeMap::new(),
             borrowing: BTreeMap::new(),
             refused: Vec::new(),
+            leaving: None,
             leases: BTreeMap::new(),
             moves: Vec::new(),
             lost: Vec::new(),
@@ -394,6 +397,7 @@ impl World {
                 }
             }
             Output::Moves(moves) => node.moves = moves,
+            Output::CreditorLeaves { creditor } => node.leaving = Some(creditor),
             Output::Refused { request, .. } => {
                 assert!(node.borrowing.remove(&request).is_some(), "nobody asked");
                 node.refused.push(request);
