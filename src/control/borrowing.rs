@@ -106,11 +106,9 @@ impl Controller {
     /// Tells the creditor how much of a loan is needed still. The next heartbeat
     /// says so again.
     pub(super) fn shrink(&mut self, now: Duration, creditor: InstanceId, loan: LoanId, keep: u32) {
-        if self.debts.shrink(creditor, loan, keep)
-            && let Some(renewal) = self.debts.renewal(creditor, loan)
-        {
-            let sent_us = now.as_micros() as u64;
-            self.send_to(now, creditor, &Message::Heartbeat { sent_us, loans: vec![renewal] });
+        if self.debts.shrink(creditor, loan, keep) {
+            // With all the others: its answer counts as a renewal of every loan.
+            self.beat(now, creditor);
         }
     }
 

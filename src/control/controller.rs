@@ -430,6 +430,7 @@ impl Controller {
         self.news.remove(&instance);
         self.outputs.push_back(Output::Note(Note::Down(instance)));
         self.debts.near.remove(&instance);
+        self.leases.remove(&instance);
         if self.announced.remove(&instance).is_some() {
             self.outputs.push_back(Output::CreditorDown { instance });
         }
@@ -559,7 +560,7 @@ impl Controller {
         self.row_next = self.row_next.min(self.row_last + SOON.max(pace(self.swim.up().len()) / 4));
     }
 
-    fn beat(&mut self, now: Duration, to: InstanceId) {
+    pub(super) fn beat(&mut self, now: Duration, to: InstanceId) {
         let renewals = self.debts.renewals(to);
         let sent_us = now.as_micros() as u64;
         for part in renewals.chunks(MAX_RENEWALS) {

@@ -23,12 +23,6 @@ pub struct Loan {
     pub blocks: Vec<BlockIndex>,
 }
 
-impl Loan {
-    fn renewal(&self) -> Renewal {
-        Renewal { loan: self.loan, epoch: self.epoch, blocks: self.blocks.len() as u32 }
-    }
-}
-
 /// An ask to be sent to a creditor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ask {
@@ -150,7 +144,8 @@ impl Debts {
     /// Loans to renew with `creditor`.
     pub fn renewals(&self, creditor: InstanceId) -> Vec<Renewal> {
         let range = (creditor, LoanId(0))..=(creditor, LoanId(u32::MAX));
-        self.loans.range(range).map(|(_, loan)| loan.renewal()).collect()
+        let renewal = |loan: &Loan| Renewal { loan: loan.loan, epoch: loan.epoch, blocks: loan.blocks.len() as u32 };
+        self.loans.range(range).map(|(_, loan)| renewal(loan)).collect()
     }
 
     /// Asks that `creditor` has not answered.
@@ -266,11 +261,6 @@ impl Debts {
             }
             _ => false,
         }
-    }
-
-    /// One loan's renewal.
-    pub fn renewal(&self, creditor: InstanceId, loan: LoanId) -> Option<Renewal> {
-        self.loans.get(&(creditor, loan)).map(Loan::renewal)
     }
 
     /// The creditor says that this loan is gone.

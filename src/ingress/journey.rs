@@ -178,7 +178,7 @@ impl Journey {
                 return None;
             }
             let demand = demand(&self.request);
-            let others = if self.losses < LOSSES { self.shared.others() } else { Vec::new() };
+            let others = if self.losses < LOSSES { self.shared.others(&self.request) } else { Vec::new() };
             if let Some(there) = placement::place(demand, &self.shared.load_here(), &others) {
                 if let Ok(remote) = self.shared.ask(there, &self.request).await {
                     return Some(remote);

@@ -174,7 +174,7 @@ impl Shared {
         let demand = demand(&request);
         let mut refused = None;
         for _ in 0..TRIES {
-            let others = self.others();
+            let others = self.others(&request);
             let there = match refused {
                 None => placement::place(demand, &self.load_here(), &others),
                 // A queue elsewhere is no better than the one that is full here.
@@ -229,8 +229,12 @@ impl Shared {
         }
     }
 
-    /// Who can be asked, with what of ours their rows do not show yet.
-    fn others(&self) -> Vec<Candidate> {
+    /// Who can be asked to run a request, with what of ours their rows do not
+    /// show yet.
+    fn others(&self, request: &Request) -> Vec<Candidate> {
+        if !wire::is_sendable(request) {
+            return Vec::new();
+        }
         let mut others = self.directory.candidates();
         let now = Instant::now();
         let mut elsewhere = self.elsewhere();

@@ -159,15 +159,16 @@ impl Order {
         let request = Request { prompt, sampling, max_tokens, stop_tokens, prompt_logprobs, resume };
         Ok(Self { id, from, to, model, request })
     }
+}
 
-    /// Whether it keeps to the format's limits; one that does not runs at home.
-    pub fn is_sendable(&self) -> bool {
-        let Request { prompt, sampling, stop_tokens, resume, .. } = &self.request;
-        prompt.len().max(resume.len()) <= MAX_TOKENS
-            && stop_tokens.len() <= MAX_STOP_TOKENS
-            && sampling.logit_bias.len() <= MAX_BIAS
-            && 4 * (prompt.len() + resume.len()) + 8 * sampling.logit_bias.len() < MAX_ORDER - (64 << 10)
-    }
+/// Whether a request keeps to the format's limits; one that does not runs where
+/// it was taken in.
+pub fn is_sendable(request: &Request) -> bool {
+    let Request { prompt, sampling, stop_tokens, resume, .. } = request;
+    prompt.len().max(resume.len()) <= MAX_TOKENS
+        && stop_tokens.len() <= MAX_STOP_TOKENS
+        && sampling.logit_bias.len() <= MAX_BIAS
+        && 4 * (prompt.len() + resume.len()) + 8 * sampling.logit_bias.len() < MAX_ORDER - (64 << 10)
 }
 
 const ALIVE: u8 = 0;

@@ -88,7 +88,7 @@ proptest! {
     fn an_order_comes_back_as_it_was(order in order(), damage in damage()) {
         let mut bytes = Vec::new();
         order.encode(&mut bytes);
-        prop_assert!(order.is_sendable());
+        prop_assert!(is_sendable(&order.request));
         prop_assert_eq!(&Order::decode(&bytes), &Ok(order));
         for end in 0..bytes.len() {
             prop_assert!(Order::decode(&bytes[..end]).is_err());

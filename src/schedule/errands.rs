@@ -203,7 +203,8 @@ impl Scheduler {
         let low_water = self.admitted.len().max(2);
         // What a sequence that decodes was promised for its prompt is done with.
         let promised: usize = self.admitted.iter().filter(|s| !s.settled()).map(Sequence::promised).sum();
-        let mut room = self.obtainable().saturating_sub(promised + low_water);
+        let kept = promised + low_water;
+        let mut room = self.obtainable_up_to(kept + budget).saturating_sub(kept);
         let mut under_way = std::mem::take(&mut self.errands.under_way);
         for at in &mut under_way {
             let Errand { request: seq, blocks, from: Some(creditor), .. } = at.errand else { continue };
