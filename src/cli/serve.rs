@@ -175,9 +175,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 fn rehomed(view: &ClusterView) {
     let (mut least, mut since) = (u32::MAX, Instant::now());
     while !view.drained() {
-        let ledger = view.ledger();
-        let own = ledger.instances.iter().find(|i| i.me).and_then(|i| i.row.as_ref());
-        let left = own.map_or(0, |row| row.lent + row.borrowed);
+        let left = view.with(|ledger| {
+            let own = ledger.instances.iter().find(|i| i.me).and_then(|i| i.row.as_ref());
+            own.map_or(0, |row| row.lent + row.borrowed)
+        });
         if left < least {
             (least, since) = (left, Instant::now());
         }
