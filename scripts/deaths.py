@@ -146,10 +146,16 @@ class Stream(threading.Thread):
 
 
 def until(what, condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
+    deadline, why = time.monotonic() + seconds, ""
+    while True:
+        try:
+            if condition():
+                return
+        except OSError as error:
+            # A new wire carries nothing for a moment.
+            why = f" ({error})"
         if time.monotonic() > deadline:
-            sys.exit(f"error: waited {seconds} s for {what}")
+            sys.exit(f"error: waited {seconds} s for {what}{why}")
         time.sleep(0.05)
 
 
