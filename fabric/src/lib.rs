@@ -25,6 +25,7 @@ pub mod select;
 pub mod shm;
 mod stats;
 pub mod tcp;
+pub mod verbs;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,0 +1,4 @@
+//! RDMA verbs. `libibverbs` is opened when the first device is asked for, not
+//! linked: one binary runs on machines with and without it.
+
+pub mod sys;
