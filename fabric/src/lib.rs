@@ -21,6 +21,7 @@ pub mod loopback;
 mod memory;
 mod peers;
 mod regions;
+pub mod secure;
 pub mod select;
 pub mod shm;
 mod stats;
