@@ -9,22 +9,26 @@ mod node;
 
 /// The cases as tests of one transport.
 macro_rules! suite {
-    ($transport:ident, $make:expr, [$($case:ident),* $(,)?]) => {
+    ($transport:ident, $make:expr, $attributes:tt, [$($case:ident),* $(,)?]) => {
         mod $transport {
             $(
+                suite!(@test $attributes $case $make);
+            )*
+        }
+    };
+    (@test [$(#[$attribute:meta])*] $case:ident $make:expr) => {
                 #[test]
+                $(#[$attribute])*
                 fn $case() {
                     crate::cases::$case($make);
                 }
-            )*
-        }
     };
 }
 
 /// The cases that every transport passes.
 macro_rules! suite_for {
-    ($transport:ident, $make:expr $(, $more:ident)* $(,)?) => {
-        suite!($transport, $make, [
+    ($transport:ident, $make:expr, $attributes:tt $(, $more:ident)* $(,)?) => {
+        suite!($transport, $make, $attributes, [
             hello_is_handed_over,
             nobody_at_the_address_ends_in_closed,
             posts_before_connected_are_queued,
@@ -65,6 +69,12 @@ fn make_shm() -> Box<dyn distkv_fabric::Transport> {
     Box::new(distkv_fabric::shm::ShmTransport::bind(Default::default()).unwrap())
 }
 
-suite_for!(loopback, crate::make_loopback, the_guard_decides);
-suite_for!(tcp, crate::make_tcp, the_guard_decides);
-suite_for!(shm, crate::make_shm);
+suite_for!(loopback, crate::make_loopback, [], the_guard_decides);
+suite_for!(tcp, crate::make_tcp, [], the_guard_decides);
+suite_for!(shm, crate::make_shm, []);
+suite_for!(
+    verbs,
+    crate::node::make_verbs,
+    [#[ignore = "needs an RDMA device: scripts/softroce brings one"]],
+    the_guard_decides
+);

@@ -1,0 +1,141 @@
+//! A rail: one port of one device, with what all connections over it share.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::Config;
+use super::device::{self, Context, Link, Mr, MrAccess, Pd};
+use super::landing::writable;
+use super::objects::{Channel, Cq, Path, Srq};
+use super::queue::SendQueue;
+use super::receives::{PER_CONNECTION, Receives};
+use super::sender::Sender;
+use super::sys::{self, Lib, ibv_wc};
+use super::wire::Endpoint;
+use crate::{Access, Memory, PeerId, RegionId, Result};
+
+/// Requests of a connection's send queue.
+const SEND_DEPTH: u32 = 128;
+
+/// A port that is open.
+pub struct Rail {
+    pub name: String,
+    pub context: Arc<Context>,
+    pub pd: Arc<Pd>,
+    pub channel: Arc<Channel>,
+    pub receives: Receives,
+    srq: Arc<Srq>,
+    recv_cq: Arc<Cq>,
+    port: device::Rail,
+    max_message: u64,
+    path: Path,
+    /// Keys can be bound to one queue pair.
+    pub windows: bool,
+    /// Registrations of the transport's regions.
+    pub regions: HashMap<u32, Arc<Mr>>,
+    /// The connections by their queue pairs' numbers.
+    pub peers: HashMap<u32, PeerId>,
+    /// Nothing goes over it: the port or the device has failed.
+    pub down: bool,
+}
+
+impl Rail {
+    /// Opens a port.
+    pub fn open(lib: &'static Lib, port: device::Rail, config: &Config) -> Result<Self> {
+        let context = Context::open(lib, &port.device)?;
+        let limits = context.attributes()?;
+        let max_message = context.max_message(port.port)?;
+        let pd = Pd::new(&context)?;
+        let channel = Arc::new(Channel::new(&context)?);
+        let (max_srq_wr, max_cqe) = (limits.max_srq_wr.max(0) as usize, limits.max_cqe.max(1) as usize);
+        // Every receive that is out has room for its completion.
+        let most = (max_srq_wr.min(max_cqe - 1) / PER_CONNECTION).max(1);
+        let connections = config.peers.clamp(1, most);
+        let depth = (connections * PER_CONNECTION) as u32;
+        let srq = Arc::new(Srq::new(&pd, depth)?);
+        let recv_cq = Arc::new(Cq::new(&channel, depth + 1)?);
+        recv_cq.arm()?;
+        let path = Path {
+            port: port.port,
+            gid_index: port.gid.index,
+            mtu: port.mtu,
+            global: port.global,
+            traffic_class: config.ports.traffic_class,
+            service_level: config.ports.service_level,
+            retries: config.ports.retry_count,
+            timeout: config.ports.timeout,
+        };
+        Ok(Self {
+            name: format!("{}:{}", port.device, port.port),
+            windows: limits.device_cap_flags & sys::IBV_DEVICE_MEM_WINDOW_TYPE_2B != 0,
+            max_message,
+            receives: Receives::new(&srq, connections),
+            context,
+            pd,
+            channel,
+            srq,
+            recv_cq,
+            port,
+            path,
+            regions: HashMap::new(),
+            peers: HashMap::new(),
+            down: false,
+        })
+    }
+
+    /// Makes a region known to the device.
+    pub fn register(&mut self, region: RegionId, memory: &Arc<Memory>, access: &Access) -> Result<()> {
+        let flags = match access {
+            Access::RemoteWrite => writable(self.windows),
+            // The landing zone stands before a guarded region.
+            Access::LocalOnly | Access::Guarded(_) => MrAccess::Local,
+        };
+        self.regions.insert(region.0, Arc::new(Mr::register(&self.pd, memory, flags)?));
+        Ok(())
+    }
+
+    /// A queue pair for a new connection, and our end of it.
+    pub fn sender(&mut self, first_psn: u32) -> Result<(Sender, Endpoint)> {
+        let queue = SendQueue::new(&self.pd, &self.channel, &self.srq, &self.recv_cq, SEND_DEPTH)?;
+        queue.initialise(self.port.port)?;
+        let endpoint = Endpoint {
+            ethernet: self.port.link == Link::Ethernet,
+            gid: self.port.gid.raw.raw,
+            lid: self.port.lid,
+            queue_pair: queue.number(),
+            first_psn,
+            mtu: self.path.mtu as u16,
+            credits: super::receives::CREDITS,
+            buffer: super::receives::BUFFER as u32,
+        };
+        let sender = Sender::new(queue, &self.pd, self.max_message)?;
+        self.receives.join(&self.pd)?;
+        Ok((sender, endpoint))
+    }
+
+    /// Connects a queue pair to the peer's.
+    pub fn join(&self, sender: &mut Sender, peer: &Endpoint, first_psn: u32) -> Result<()> {
+        if peer.ethernet != (self.port.link == Link::Ethernet) {
+            return Err(crate::Error::Protocol("the peer's port is of another link layer".into()));
+        }
+        sender.queue.join(&self.path, peer, first_psn)?;
+        sender.grant(peer.credits, peer.buffer);
+        Ok(())
+    }
+
+    /// Takes completed receives.
+    #[inline]
+    pub fn poll(&self, into: &mut [ibv_wc]) -> Result<usize> {
+        self.recv_cq.poll(into)
+    }
+
+    /// The next completed receive ends a wait.
+    pub fn arm(&self) -> Result<()> {
+        self.recv_cq.arm()
+    }
+
+    /// Port number.
+    pub fn port(&self) -> u8 {
+        self.port.port
+    }
+}
