@@ -45,9 +45,11 @@ pub struct Connection {
     pub target: Option<Address>,
     /// Which rail it goes over.
     pub rail: usize,
+    /// Before the sender: windows go before the queue pair that they are bound
+    /// on, whose destruction may wait for them (rxe's does, for a minute).
+    pub receiver: Receiver,
     /// There once the queue pair is.
     pub sender: Option<Sender>,
-    pub receiver: Receiver,
     /// The first packet's number that we told the peer.
     first_psn: u32,
     /// What the peer said of itself.
@@ -118,6 +120,7 @@ impl Connection {
 
     /// Gives its part of the rail back.
     pub fn leave(&mut self, rail: &mut Rail) {
+        self.receiver.close();
         if let Some(sender) = self.sender.take() {
             rail.peers.remove(&sender.queue.number());
             rail.receives.leave();
@@ -335,8 +338,13 @@ impl Connection {
         let _ = self.link.flush();
     }
 
-    /// Is something that was posted still under way?
+    /// Is something that was posted still under way, to a peer that is there?
     pub fn is_leaving(&mut self) -> bool {
+        let mut last_words = Vec::new();
+        let ended = self.link.receive(&mut last_words).is_err();
+        if ended || last_words.iter().any(|word| matches!(word, Control::Bye { .. })) {
+            return false;
+        }
         let link = self.link.has_output() && self.link.flush().is_ok() && self.link.has_output();
         let Some(sender) = &mut self.sender else { return false };
         link || (matches!(sender.reap(), Ok(Ok(()))) && sender.queue.busy())

@@ -242,6 +242,12 @@ impl Receiver {
         self.grants.iter().any(|g| !g.told)
     }
 
+    /// The peer may write nothing any more.
+    pub fn close(&mut self) {
+        self.grants.clear();
+        self.landing = None;
+    }
+
     /// The region is no more: its key is void from now on.
     pub fn revoke(&mut self, region: u32) {
         self.grants.retain(|g| g.region != region);
