@@ -56,6 +56,14 @@ pub enum Error {
     /// The peer broke the protocol; the connection was closed by us.
     #[error("protocol violation by the peer: {0}")]
     Protocol(String),
+    /// A transport that this machine cannot offer.
+    #[error("{transport} cannot be used: {because}")]
+    Unavailable {
+        /// Its name.
+        transport: &'static str,
+        /// What is missing and, where known, how to come by it.
+        because: String,
+    },
     /// Our own operating system refused something.
     #[error("{what}: {errno}")]
     Os {
