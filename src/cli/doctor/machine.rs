@@ -81,7 +81,7 @@ fn processor(sysfs: &Path) -> Processor {
         names.filter(|name| name.strip_prefix("node").is_some_and(|rest| rest.parse::<u32>().is_ok())).count()
     });
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let options = CpuOptions { threads: 1, pin: false, math: Math::Fast, max_rows: 1, isa: None };
+    let options = CpuOptions { threads, pin: false, math: Math::Fast, max_rows: 1, isa: None };
     let (isa, device) = (Isa::detect(), CpuDevice::new(options).map_err(|error| error.to_string()));
     Processor {
         model: model.map(|(_, name)| name.trim().to_string()),
