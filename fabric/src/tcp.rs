@@ -95,6 +95,12 @@ impl Default for TcpConfig {
     }
 }
 
+/// Does the system let many receives be made in one call (io_uring)? Where it
+/// does not, each is a call of its own.
+pub fn batches() -> bool {
+    Batch::new().is_some()
+}
+
 /// A transport over tcp sockets.
 pub struct TcpTransport {
     listener: TcpListener,

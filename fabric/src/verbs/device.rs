@@ -3,7 +3,7 @@
 
 pub mod gid;
 mod gpu_direct;
-mod handles;
+mod open;
 pub mod topology;
 
 use std::fmt;
@@ -11,8 +11,7 @@ use std::path::Path;
 
 pub use gid::{Gid, GidKind};
 pub use gpu_direct::{DmabufSupport, GpuDirect, peermem_loaded};
-pub(crate) use handles::check;
-pub use handles::{Context, Mr, MrAccess, Pd, names};
+pub use open::{Context, Mr, MrAccess, Pd, check, names};
 pub use topology::{Distance, Near, Place};
 
 use crate::verbs::sys::{self, Lib};
@@ -47,8 +46,9 @@ pub struct VerbsConfig {
 }
 
 impl Default for VerbsConfig {
-    /// Any device, its best GID, one rail; about half a second until a packet
-    /// that stays unanswered fails the connection (7 times 67 ms).
+    /// Any device, its best GID, one rail; a packet that stays unanswered fails
+    /// the connection after half a second (7 times 67 ms) to two, since the
+    /// hardware may wait up to four times the timeout.
     fn default() -> Self {
         Self {
             devices: Vec::new(),
