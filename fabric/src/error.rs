@@ -56,6 +56,10 @@ pub enum Error {
     /// The peer broke the protocol; the connection was closed by us.
     #[error("protocol violation by the peer: {0}")]
     Protocol(String),
+    /// The peer was refused in the handshake, or a record of it did not open;
+    /// the connection was closed by us.
+    #[error("the peer was refused: {0}")]
+    Refused(crate::secure::Refused),
     /// Our own operating system refused something.
     #[error("{what}: {errno}")]
     Os {

@@ -7,6 +7,9 @@ mod death;
 #[path = "suite/node.rs"]
 mod node;
 
+use distkv_fabric::secure::{Secret, Security};
+use distkv_fabric::tcp::{TcpConfig, TcpTransport};
+
 /// The cases as tests of one transport.
 macro_rules! suite {
     ($transport:ident, $make:expr, [$($case:ident),* $(,)?]) => {
@@ -56,9 +59,17 @@ fn make_loopback() -> Box<dyn distkv_fabric::Transport> {
     Box::new(distkv_fabric::loopback::LoopbackTransport::bind())
 }
 
-fn make_tcp() -> Box<dyn distkv_fabric::Transport> {
+fn tcp(security: Security) -> Box<dyn distkv_fabric::Transport> {
     let any = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
-    Box::new(distkv_fabric::tcp::TcpTransport::bind(any, Default::default()).unwrap())
+    Box::new(TcpTransport::bind(any, TcpConfig::new(security)).unwrap())
+}
+
+fn make_tcp() -> Box<dyn distkv_fabric::Transport> {
+    tcp(Security::Sealed(Secret::new([1; 32])))
+}
+
+fn make_tcp_insecure() -> Box<dyn distkv_fabric::Transport> {
+    tcp(Security::Insecure)
 }
 
 fn make_shm() -> Box<dyn distkv_fabric::Transport> {
@@ -67,4 +78,5 @@ fn make_shm() -> Box<dyn distkv_fabric::Transport> {
 
 suite_for!(loopback, crate::make_loopback, the_guard_decides);
 suite_for!(tcp, crate::make_tcp, the_guard_decides);
+suite_for!(tcp_insecure, crate::make_tcp_insecure, the_guard_decides);
 suite_for!(shm, crate::make_shm);
