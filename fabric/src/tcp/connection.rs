@@ -8,6 +8,7 @@ use super::greeter::Greeter;
 use super::inbox::Inbox;
 use super::io::receive;
 use super::outbox::{Outbox, Outgoing};
+use super::sealing::lead;
 use crate::frame::{self, WriteFrame};
 use crate::regions::Regions;
 use crate::secure::{Kind, Opener, Refused};
@@ -52,6 +53,8 @@ pub(super) struct Connection {
     /// Received and not consumed: `buffer[start..end]`.
     start: usize,
     end: usize,
+    /// Where it begins after it was moved.
+    lead: usize,
     /// Opens what is received, on a sealed connection.
     opener: Option<Opener>,
     inbox: Inbox,
@@ -82,6 +85,7 @@ impl Connection {
             buffer: vec![0; BUFFER],
             start: 0,
             end: 0,
+            lead: 0,
             opener: None,
             inbox: Inbox::default(),
             ready: false,
@@ -222,10 +226,10 @@ impl Connection {
         (self.socket.as_fd(), &mut self.buffer[self.end..])
     }
 
-    /// At most an incomplete header is left over.
+    /// At most an incomplete header is left over, or an incomplete record.
     fn compact(&mut self) {
-        self.buffer.copy_within(self.start..self.end, 0);
-        (self.start, self.end) = (0, self.end - self.start);
+        self.buffer.copy_within(self.start..self.end, self.lead);
+        (self.start, self.end) = (self.lead, self.lead + self.end - self.start);
     }
 
     /// Takes in what has arrived. Events go to `sink`; the error is why the
@@ -300,8 +304,9 @@ impl Connection {
             self.start += opened.taken;
         }
         let wanted = opener.length(&self.buffer[self.start..self.end]).map_err(Error::Refused)?;
-        if wanted.is_some_and(|wanted| wanted > self.buffer.len()) {
+        if wanted.is_some_and(|wanted| self.lead + wanted > self.buffer.len()) {
             self.buffer.resize(LONG_BUFFER, 0);
+            self.lead = lead(&self.buffer);
         }
         Ok(())
     }
