@@ -67,6 +67,10 @@ pub enum Error {
         /// What is missing and, where known, how to come by it.
         because: String,
     },
+    /// The peer was refused in the handshake, or a record of it did not open;
+    /// the connection was closed by us.
+    #[error("the peer was refused: {0}")]
+    Refused(crate::secure::Refused),
     /// Our own operating system refused something.
     #[error("{what}: {errno}")]
     Os {

@@ -122,8 +122,6 @@ pub enum Security {
 pub enum Purpose {
     /// A connection of the tcp transport.
     Tcp = 2,
-    /// The socket beside shared memory.
-    Shm = 3,
     /// The exchange of queue pairs before RDMA.
     Verbs = 4,
 }

@@ -5,8 +5,9 @@ use std::os::unix::fs::MetadataExt;
 use std::str::FromStr;
 
 use crate::loopback::LoopbackTransport;
+use crate::secure::Security;
 use crate::shm::ShmTransport;
-use crate::tcp::TcpTransport;
+use crate::tcp::{TcpConfig, TcpTransport};
 use crate::{Address, Error, Result, Transport};
 
 /// A kind of transport.
@@ -41,12 +42,13 @@ impl Kind {
     }
 
     /// Makes a transport of this kind. `listen` is where tcp listens; the
-    /// others choose a place of their own.
-    pub fn bind(self, listen: SocketAddr) -> Result<Box<dyn Transport>> {
+    /// others choose a place of their own. `security` is tcp's too: nobody but
+    /// this user reaches the others.
+    pub fn bind(self, listen: SocketAddr, security: &Security) -> Result<Box<dyn Transport>> {
         Ok(match self {
             Self::Loopback => Box::new(LoopbackTransport::bind()),
             Self::Shm => Box::new(ShmTransport::bind(Default::default())?),
-            Self::Tcp => Box::new(TcpTransport::bind(listen, Default::default())?),
+            Self::Tcp => Box::new(TcpTransport::bind(listen, TcpConfig::new(security.clone()))?),
         })
     }
 }
@@ -88,7 +90,7 @@ mod tests {
     #[test]
     fn every_kind_knows_its_own_address() {
         for kind in Kind::ALL {
-            let transport = kind.bind(([127, 0, 0, 1], 0).into()).unwrap();
+            let transport = kind.bind(([127, 0, 0, 1], 0).into(), &Security::Insecure).unwrap();
             assert_eq!((transport.name(), Kind::of(&transport.address())), (kind.name(), Ok(kind)));
             assert_eq!(kind.name().parse(), Ok(kind));
         }

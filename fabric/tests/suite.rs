@@ -7,6 +7,9 @@ mod death;
 #[path = "suite/node.rs"]
 mod node;
 
+use distkv_fabric::secure::{Secret, Security};
+use distkv_fabric::tcp::{TcpConfig, TcpTransport};
+
 /// The cases as tests of one transport.
 macro_rules! suite {
     ($transport:ident, $make:expr, $attributes:tt, [$($case:ident),* $(,)?]) => {
@@ -60,9 +63,17 @@ fn make_loopback() -> Box<dyn distkv_fabric::Transport> {
     Box::new(distkv_fabric::loopback::LoopbackTransport::bind())
 }
 
-fn make_tcp() -> Box<dyn distkv_fabric::Transport> {
+fn tcp(security: Security) -> Box<dyn distkv_fabric::Transport> {
     let any = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
-    Box::new(distkv_fabric::tcp::TcpTransport::bind(any, Default::default()).unwrap())
+    Box::new(TcpTransport::bind(any, TcpConfig::new(security)).unwrap())
+}
+
+fn make_tcp() -> Box<dyn distkv_fabric::Transport> {
+    tcp(Security::Sealed(Secret::new([1; 32])))
+}
+
+fn make_tcp_insecure() -> Box<dyn distkv_fabric::Transport> {
+    tcp(Security::Insecure)
 }
 
 fn make_shm() -> Box<dyn distkv_fabric::Transport> {
@@ -71,6 +82,7 @@ fn make_shm() -> Box<dyn distkv_fabric::Transport> {
 
 suite_for!(loopback, crate::make_loopback, [], the_guard_decides);
 suite_for!(tcp, crate::make_tcp, [], the_guard_decides);
+suite_for!(tcp_insecure, crate::make_tcp_insecure, [], the_guard_decides);
 suite_for!(shm, crate::make_shm, []);
 suite_for!(
     verbs,

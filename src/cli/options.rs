@@ -201,6 +201,10 @@ pub struct FabricOptions {
     /// Without one, whoever knows the cluster's name can join.
     #[arg(long, env = "DISTKV_CLUSTER_KEY_FILE")]
     pub cluster_key_file: Option<PathBuf>,
+    /// Leave the connections between nodes in the clear and open to whoever reaches the fabric's port:
+    /// trusted networks only. All nodes of a cluster have it or none.
+    #[arg(long, env = "DISTKV_INSECURE_FABRIC")]
+    pub insecure_fabric: bool,
     /// Transport between nodes.
     #[arg(long, env = "DISTKV_FABRIC", value_enum, default_value_t)]
     pub fabric: FabricChoice,
@@ -225,6 +229,7 @@ impl FabricOptions {
         Ok(NodeConfig {
             cluster: self.cluster.clone(),
             key,
+            insecure_fabric: self.insecure_fabric,
             rank: 0,
             join: Vec::new(),
             fabric_listen,

@@ -94,6 +94,7 @@ impl Setup {
         let config = NodeConfig {
             cluster: format!("test-{}", rand_name()),
             key: None,
+            insecure_fabric: false,
             rank: 0,
             join: Vec::new(),
             fabric_listen: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),

@@ -4,6 +4,7 @@
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use distkv_fabric::secure::{Secret, Security};
 use distkv_fabric::select::Kind;
 use distkv_fabric::{Access, Address, Error, RemoteKey};
 
@@ -14,7 +15,8 @@ const ORDERS: &str = "DISTKV_TEST_PEER";
 const LEN: usize = 256 << 10;
 
 fn make(kind: Kind) -> Node {
-    Node { transport: kind.bind(([127, 0, 0, 1], 0).into()).unwrap(), seen: Vec::new() }
+    let security = Security::Sealed(Secret::new([1; 32]));
+    Node { transport: kind.bind(([127, 0, 0, 1], 0).into(), &security).unwrap(), seen: Vec::new() }
 }
 
 /// Ends the child even if the test fails.
