@@ -30,51 +30,74 @@ apt_apart() {
 }
 
 # Kernels for whole machines that apt offers, newest first; the cloud and
-# real-time builds are others.
+# real-time builds are others, and two numbers are a package without a kernel.
 kernels_offered() {
-    apt_apart apt-cache search --names-only '^linux-image-[0-9].*-amd64$' | sed 's/ .*//' | grep -v -e -cloud- -e -rt- |
-        sort -rV
+    apt_apart apt-cache search --names-only '^linux-image-[0-9]+[.][0-9]+[.].*-amd64$' | sed 's/ .*//' |
+        grep -v -e -cloud- -e -rt- | sort -rV
 }
 
-# has_rxe DEB
-# (Not grep -q: dpkg-deb would complain of a pipe that closes early.)
-has_rxe() { dpkg-deb --fsys-tarfile "$1" | tar -t | grep '/rdma_rxe\.ko' >/dev/null; }
+# Which of them to take, best first. In 6.1 rxe's work is done in softirqs; in
+# newer ones by workqueues, for which a process that polls leaves no time: 64
+# bytes take 50 us to 100 us there and 1 ms to 7 ms here.
+kernels_wanted() { awk '/-6[.]1[.]/ {print; next} {later[++n] = $0} END {for (i = 1; i <= n; i++) print later[i]}'; }
 
-# Asks apt, downloads, and writes $STORE/packages: the files in $STORE/debs that
-# make the guest, the kernel's first. They carry their versions in their names.
+# The first whose rxe knows network namespaces, if there is any.
+kernel_for_namespaces() { grep -m1 -E '^linux-image-(7[.][1-9]|7[.][1-9][0-9]|[89][.]|[1-9][0-9])' || true; }
+
+# has_rxe DEB...
+# (Not grep -q: dpkg-deb would complain of a pipe that closes early.)
+has_rxe() {
+    local deb
+    for deb in "$@"; do
+        if dpkg-deb --fsys-tarfile "$deb" | tar -t | grep '/rdma_rxe\.ko' >/dev/null; then return 0; fi
+    done
+    return 1
+}
+
+# Asks apt and downloads $STORE/debs: user/ is the user space, kernel/ the usual
+# kernel, kernel-netns/ one for namespaces if apt has it.
 guest_fetch() {
-    local kernel="" name file log="$STORE/apt.log"
+    local name log="$STORE/apt.log" into="$STORE/debs.part"
     command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null ||
         die "the guest is made of Debian's packages, and there is no apt-get and dpkg-deb here: run this on Debian or Ubuntu"
-    say "softroce: Debian's packages for the guest (about 90 MiB, kept in .cache/softroce)"
+    say "softroce: Debian's packages for the guest (about 100 MiB, kept in .cache/softroce)"
     apt_apart apt-get update >"$log" 2>&1 || { cat "$log" >&2; die "apt-get update failed: see above; is the Debian mirror reachable?"; }
-    rm -rf "$STORE/debs.part"
-    mkdir -p "$STORE/debs.part"
-    for name in $(kernels_offered | head -n 3); do
-        (cd "$STORE/debs.part" && apt_apart apt-get download "$name") >"$log" 2>&1 ||
-            { cat "$log" >&2; die "$name could not be downloaded: see above"; }
-        for file in "$STORE/debs.part/${name}_"*.deb; do kernel="$(basename "$file")"; done
-        if has_rxe "$file"; then break; fi
-        echo "$name has no rdma_rxe; trying the next" >&2
-        rm -f "$file"
-        kernel=""
+    rm -rf "$into"
+    mkdir -p "$into/user" "$into/kernel" "$into/kernel-netns"
+    # fetch_kernel NAME FOLDER: newer ones are in three packages.
+    fetch_kernel() {
+        local names=("$1") part
+        rm -f "$2"/*.deb
+        for part in binary modules; do
+            if apt_apart apt-cache show "$1" | grep "^Depends:.*linux-$part-" >/dev/null; then names+=("${1/image/$part}"); fi
+        done
+        (cd "$2" && apt_apart apt-get download "${names[@]}") >"$log" 2>&1 ||
+            { cat "$log" >&2; die "${names[*]} could not be downloaded: see above"; }
+        has_rxe "$2"/*.deb || { echo "$1 has no rdma_rxe" >&2; return 1; }
+    }
+    kernels_offered >"$STORE/kernels"
+    for name in $(kernels_wanted <"$STORE/kernels" | head -n 3) ""; do
+        [ -n "$name" ] || die "apt offers no linux-image-*-amd64 with rdma_rxe"
+        if fetch_kernel "$name" "$into/kernel"; then break; fi
     done
-    [ -n "$kernel" ] || die "apt offers no linux-image-*-amd64 with rdma_rxe"
+    name="$(kernel_for_namespaces <"$STORE/kernels")"
+    if [ -n "$name" ]; then fetch_kernel "$name" "$into/kernel-netns" || rm -f "$into"/kernel-netns/*.deb; fi
     # With nothing installed, apt names all that the packages need.
     apt_apart apt-get clean
     apt_apart apt-get install --download-only --no-install-recommends -y "${GUEST_PACKAGES[@]}" >"$log" 2>&1 ||
         { cat "$log" >&2; die "the guest's packages could not be downloaded: see above"; }
-    mv "$STORE"/apt/cache/archives/*.deb "$STORE/debs.part/"
+    mv "$STORE"/apt/cache/archives/*.deb "$into/user/"
     rm -rf "$STORE/debs"
-    mv "$STORE/debs.part" "$STORE/debs"
-    (cd "$STORE/debs" && printf '%s\n' "$kernel" && ls -- *.deb | grep -vFx -- "$kernel") >"$STORE/packages.part"
-    mv "$STORE/packages.part" "$STORE/packages"
+    mv "$into" "$STORE/debs"
 }
 
-# What the guest is made of, the kernel first: the packages, or --kernel's instead of theirs.
+# What the guest is made of: the kernel, which is --kernel's, or one for
+# namespaces if the wire wants it and apt had one, or the usual one; and the rest.
 guest_parts() {
-    if [ -n "$KERNEL" ]; then printf '%s\n' "$KERNEL"; else sed -n "1s|^|$STORE/debs/|p" "$STORE/packages"; fi
-    sed "1d;s|^|$STORE/debs/|" "$STORE/packages"
+    local kernel=("${KERNEL[@]}")
+    if [ "${#kernel[@]}" -eq 0 ] && [ "$WIRE" = netns ]; then kernel=("$STORE"/debs/kernel-netns/*.deb); fi
+    if [ "${#kernel[@]}" -eq 0 ] || [ ! -e "${kernel[0]}" ]; then kernel=("$STORE"/debs/kernel/*.deb); fi
+    printf '%s\n' "${kernel[@]}" "$STORE"/debs/user/*.deb
 }
 
 # That and what makes it, as a name. Packages carry their versions in their names.
@@ -104,7 +127,7 @@ uncompressed() {
 
 # Builds $STORE/guest-KEY: kernel, initramfs, libraries (names), release.
 guest_build() {
-    local into="$1" work root tree release file name module base loader libs
+    local into="$1" work root tree kernel="" release file name module base loader libs
     say "softroce: building the guest (once)"
     work="$(mktemp -d "$STORE/build.XXXXXX")"
     BUILDING="$work"
@@ -113,9 +136,11 @@ guest_build() {
     guest_parts | while read -r file; do dpkg-deb -x "$file" "$root"; done
 
     # The kernel.
-    for file in "$root"/boot/vmlinuz-*; do release="${file##*/vmlinuz-}"; done
-    uncompressed "$root/boot/vmlinuz-$release" >"$work/guest/kernel"
-    [ "$(head -c 4 "$work/guest/kernel" | od -An -c | tr -d ' ')" = '177ELF' ] || die "no ELF kernel came out of vmlinuz-$release"
+    for file in "$root"/boot/vmlinuz-* "$root"/usr/lib/modules/*/vmlinuz; do [ ! -f "$file" ] || kernel="$file"; done
+    [ -n "$kernel" ] || die "the kernel's packages brought no vmlinuz"
+    for file in "$root"/lib/modules/*/kernel "$root"/usr/lib/modules/*/kernel; do [ ! -d "$file" ] || release="$(basename "$(dirname "$file")")"; done
+    uncompressed "$kernel" >"$work/guest/kernel"
+    [ "$(head -c 4 "$work/guest/kernel" | od -An -c | tr -d ' ')" = '177ELF' ] || die "no ELF kernel came out of $kernel"
     printf '%s\n' "$release" >"$work/guest/release"
 
     mkdir -p "$tree"/{bin,lib64,usr/lib/x86_64-linux-gnu/libibverbs,etc/libibverbs.d,proc,sys,dev,tmp,run,root,host,out,modules,var}
@@ -207,10 +232,11 @@ guest_ready() {
     flock -n 6 || { echo "another run is building the guest; waiting for it" >&2; flock 6; }
     # Of a build that was killed.
     rm -rf "$STORE"/build.*
-    if [ -n "$KERNEL" ] && ! has_rxe "$KERNEL"; then die "$KERNEL has no module rdma_rxe"; fi
-    if [ "$REFRESH" = 1 ] || [ ! -s "$STORE/packages" ]; then guest_fetch; fi
+    if [ "$REFRESH" = 1 ] || [ ! -d "$STORE/debs" ]; then guest_fetch; REFRESH=0; fi
     if [ ! -d "$STORE/guest-$(guest_key)" ]; then
-        if ! guest_parts | { while read -r part; do [ -s "$part" ] || exit 1; done; }; then guest_fetch; fi
+        if [ "${#KERNEL[@]}" -gt 0 ] && ! has_rxe "${KERNEL[@]}"; then
+            die "there is no module rdma_rxe in ${KERNEL[*]}; a newer kernel is in several packages (linux-binary-*, linux-modules-*): name each with --kernel"
+        fi
         guest_build "$STORE/guest-$(guest_key)"
     fi
     GUEST="$STORE/guest-$(guest_key)"
