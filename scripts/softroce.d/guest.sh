@@ -64,11 +64,11 @@ guest_fetch() {
     apt_apart apt-get update >"$log" 2>&1 || { cat "$log" >&2; die "apt-get update failed: see above; is the Debian mirror reachable?"; }
     rm -rf "$into"
     mkdir -p "$into/user" "$into/kernel" "$into/kernel-netns"
-    # fetch_kernel NAME FOLDER: newer ones are in three packages.
+    # fetch_kernel NAME FOLDER: newer ones are in several packages.
     fetch_kernel() {
         local names=("$1") part
         rm -f "$2"/*.deb
-        for part in binary modules; do
+        for part in base binary modules; do
             if apt_apart apt-cache show "$1" | grep "^Depends:.*linux-$part-" >/dev/null; then names+=("${1/image/$part}"); fi
         done
         (cd "$2" && apt_apart apt-get download "${names[@]}") >"$log" 2>&1 ||
@@ -235,7 +235,7 @@ guest_ready() {
     if [ "$REFRESH" = 1 ] || [ ! -d "$STORE/debs" ]; then guest_fetch; REFRESH=0; fi
     if [ ! -d "$STORE/guest-$(guest_key)" ]; then
         if [ "${#KERNEL[@]}" -gt 0 ] && ! has_rxe "${KERNEL[@]}"; then
-            die "there is no module rdma_rxe in ${KERNEL[*]}; a newer kernel is in several packages (linux-binary-*, linux-modules-*): name each with --kernel"
+            die "there is no module rdma_rxe in ${KERNEL[*]}; a newer kernel is in several packages (linux-base-*, linux-binary-*, linux-modules-*): name each with --kernel"
         fi
         guest_build "$STORE/guest-$(guest_key)"
     fi
