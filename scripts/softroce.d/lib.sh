@@ -42,8 +42,9 @@ netem() {
     done
 }
 
-# cut [SIDES]: nothing arrives any more. With only one side, what leaves that one.
-# With options it is the tool of that name.
+# cut [SIDES]: nothing arrives any more; with A or B only, what leaves that side is
+# lost. A connection with a retry_cnt of 7 waits for ever then, as rxe has it; with
+# fewer it ends in an error. With options this is the tool of that name.
 cut() {
     case "${1:-}" in -*) command cut "$@" ;; *) netem "${1:-AB}" loss 100% ;; esac
 }
