@@ -128,14 +128,23 @@ impl Context {
         Ok(unsafe { attributes.assume_init() })
     }
 
-    /// The state of a port, the first being 1, with the GIDs it has in use.
-    pub fn port(&self, number: u8, sysfs: &Path) -> Result<Port> {
+    fn port_attributes(&self, number: u8) -> Result<sys::ibv_port_attr> {
         let mut attributes = MaybeUninit::zeroed();
         // SAFETY: open; `attributes` can be written.
         let answer = unsafe { sys::query_port(self.lib, self.raw(), number, attributes.as_mut_ptr()) };
         check("querying a port", answer)?;
         // SAFETY: all fields are integers, zeroed and then filled.
-        let attributes: sys::ibv_port_attr = unsafe { attributes.assume_init() };
+        Ok(unsafe { attributes.assume_init() })
+    }
+
+    /// Bytes of the longest request that a port carries.
+    pub fn max_message(&self, number: u8) -> Result<u64> {
+        Ok(self.port_attributes(number)?.max_msg_sz.into())
+    }
+
+    /// The state of a port, the first being 1, with the GIDs it has in use.
+    pub fn port(&self, number: u8, sysfs: &Path) -> Result<Port> {
+        let attributes = self.port_attributes(number)?;
         let link = Link::of_number(attributes.link_layer);
         let folder = sysfs.join("class/infiniband").join(&self.name).join("ports").join(number.to_string());
         // A queue pair names a GID with eight bits.
