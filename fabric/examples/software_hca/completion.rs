@@ -166,8 +166,8 @@ unsafe extern "C" fn ibv_ack_cq_events(cq: *mut ibv_cq, count: c_uint) {
 pub unsafe extern "C" fn poll(cq: *mut ibv_cq, room: c_int, into: *mut ibv_wc) -> c_int {
     // SAFETY: alive.
     let number = unsafe { (*cq).handle };
-    let mut hca = lock();
-    let hca = &mut *hca;
+    let mut guard = lock();
+    let hca = &mut *guard;
     let Some(cq) = hca.cqs.get_mut(number) else { return -libc::EINVAL };
     let mut taken = 0;
     while taken < room
@@ -191,6 +191,11 @@ pub unsafe extern "C" fn poll(cq: *mut ibv_cq, room: c_int, into: *mut ibv_wc) -
     hca.counts.polls += 1;
     hca.counts.empty_polls += u64::from(taken == 0);
     hca.counts.completions += taken as u64;
+    if taken == 0 && !hca.runnable.is_empty() {
+        // Whoever spins here must not keep the thread from its turn.
+        drop(guard);
+        std::thread::yield_now();
+    }
     taken
 }
 
