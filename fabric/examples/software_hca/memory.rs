@@ -23,9 +23,14 @@ pub type Run = (usize, usize);
 
 /// Can the whole range be pinned?
 fn mapped(address: usize, len: usize) -> bool {
-    let start = address & !0xfff;
-    // SAFETY: asks for nothing that writes; the range need not be mapped.
-    unsafe { libc::msync(ptr::without_provenance_mut(start), len + (address - start), libc::MS_ASYNC) == 0 }
+    const PAGE: usize = 4096;
+    let mut there = [0u8; PAGE];
+    let end = address + len;
+    (address & !(PAGE - 1)..end).step_by(PAGE * there.len()).all(|start| {
+        let len = (end - start).min(PAGE * there.len());
+        // SAFETY: a byte for each page; the range need not be mapped.
+        unsafe { libc::mincore(ptr::without_provenance_mut(start), len, there.as_mut_ptr()) == 0 }
+    })
 }
 
 #[unsafe(no_mangle)]
