@@ -65,12 +65,6 @@ impl Regions {
         self.get(RegionId(region)).is_ok_and(|r| matches!(r.access, Access::Guarded(_)))
     }
 
-    /// Memory and access of all regions, with their numbers.
-    pub fn iter(&self) -> impl Iterator<Item = (RegionId, &Arc<Memory>, &Access)> {
-        let slots = self.slots.iter().enumerate();
-        slots.filter_map(|(i, slot)| slot.as_ref().map(|r| (RegionId(i as u32), &r.memory, &r.access)))
-    }
-
     fn exported_region(&self, region: u32, token: &Token) -> Result<&Region> {
         match self.get(RegionId(region)) {
             Ok(r) if matches!(r.access, Access::LocalOnly) => Err(protocol("a region that is not exported")),

@@ -19,12 +19,15 @@
 //! [guard](crate::WriteGuard) is opened to nobody: what is for it comes down in
 //! the writer's own landing zone ([`landing`]), is checked and copied.
 //!
+//! A source that is deregistered while a write from it is pending fails the
+//! write, and with it the connection.
+//!
 //! **Failure.** A failed request, the port, the device, or the end of the
 //! control channel closes the connection; the owner connects again, and the
 //! next attempt goes over the next rail.
 
-pub mod device;
 mod connection;
+pub mod device;
 mod landing;
 mod link;
 mod objects;
@@ -48,7 +51,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 
-use crate::key::{Key, Maker};
+use crate::key::{Key, Maker, Token};
 use crate::peers::Peers;
 use crate::regions::Regions;
 use crate::secure::Secret;
@@ -61,7 +64,7 @@ use objects::Incident;
 use rail::Rail;
 use receives::BUFFER;
 use sender::Outgoing;
-use sys::{Lib, IBV_WC_RECV, IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_SUCCESS, IBV_WC_WITH_IMM, ibv_wc};
+use sys::{IBV_WC_RECV, IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_SUCCESS, IBV_WC_WITH_IMM, Lib, ibv_wc};
 use wire::Said;
 
 const SCHEME: &str = "verbs://";
@@ -130,8 +133,9 @@ pub struct VerbsTransport {
     peers: Peers<Box<Connection>>,
     /// Connections that the owner ended and whose last posts are under way.
     leaving: Vec<(Connection, Instant)>,
-    /// How often an address was tried in vain or lost.
-    attempts: HashMap<Address, u32>,
+    /// How often an address was tried in vain or lost, in which life of its
+    /// transport: a new one begins with the first rail again.
+    attempts: HashMap<Address, (Option<u64>, u32)>,
     half_open: Vec<PeerId>,
     epoll: OwnedFd,
     wake: Arc<OwnedFd>,
@@ -144,8 +148,6 @@ pub struct VerbsTransport {
     active: Vec<PeerId>,
     /// Kept for its memory.
     work: Vec<PeerId>,
-    /// Completions taken by a wait.
-    stash: Vec<(usize, ibv_wc)>,
     buffer: Box<[u8; BUFFER]>,
     incidents: Incidents,
 }
@@ -155,14 +157,21 @@ impl VerbsTransport {
     /// for control channels at `address`; port 0 takes any free one.
     pub fn bind(address: SocketAddr, secret: Secret, config: Config) -> Result<Self> {
         let lib = Lib::get().map_err(|because| unavailable(because.into()))?;
+        Self::over(lib, address, secret, config)
+    }
+
+    /// As [`bind`](Self::bind), with a libibverbs of the caller's.
+    #[doc(hidden)]
+    pub fn over(lib: &'static Lib, address: SocketAddr, secret: Secret, config: Config) -> Result<Self> {
         config.ports.check()?;
         let sysfs = Path::new(device::SYSFS);
         let near = config.ports.near.place(sysfs).map_err(unavailable)?;
         let survey = device::survey(lib, sysfs)?;
         let chosen = device::rails(&survey.devices, &near, &config.ports);
+        let incarnation = Token::random()?.0.iter().fold(0, |n: u64, byte| n << 4 ^ u64::from(*byte));
         let mut rails = Vec::new();
         for port in chosen.chosen {
-            rails.push(Rail::open(lib, port, &config)?);
+            rails.push(Rail::open(lib, port, &config, incarnation)?);
         }
         if rails.is_empty() {
             let passed = chosen.passed_over.iter().chain(&survey.failed);
@@ -205,7 +214,6 @@ impl VerbsTransport {
             late: false,
             active: Vec::new(),
             work: Vec::new(),
-            stash: Vec::new(),
             buffer: Box::new([0; BUFFER]),
             incidents: Incidents::default(),
         })
@@ -367,7 +375,11 @@ impl VerbsTransport {
         if let Some(target) = &connection.target
             && matches!(reason, Error::Lost(_) | Error::Unreachable(..))
         {
-            *self.attempts.entry(target.clone()).or_default() += 1;
+            let (life, attempts) = self.attempts.entry(target.clone()).or_default();
+            if connection.incarnation.is_some() && connection.incarnation != *life {
+                (*life, *attempts) = (connection.incarnation, 0);
+            }
+            *attempts += 1;
         }
         if let Some(rail) = self.rails.get_mut(connection.rail) {
             connection.leave(rail);
@@ -385,8 +397,7 @@ impl VerbsTransport {
             Some((peer, connection)) => {
                 // After what broke it nothing of it is believed.
                 if connection.broken.is_none()
-                    && let Err(reason) =
-                        hear(peer, connection, completion, rail, &self.regions, &mut self.buffer, sink)
+                    && let Err(reason) = hear(peer, connection, completion, rail, &self.regions, &mut self.buffer, sink)
                 {
                     connection.broken = Some(reason);
                 }
@@ -403,9 +414,6 @@ impl VerbsTransport {
 
     /// Takes completed receives of all rails.
     fn receive_all(&mut self, sink: &mut dyn FnMut(Event<'_>)) -> Result<()> {
-        for (rail, completion) in std::mem::take(&mut self.stash) {
-            self.receive(rail, &completion, sink);
-        }
         for at in 0..self.rails.len() {
             let mut completions = [ibv_wc::default(); TAKE];
             let mut taken = 0;
@@ -595,7 +603,7 @@ impl Transport for VerbsTransport {
             return Err(Error::TooLong(hello.len()));
         }
         let to = resolve(address)?;
-        let attempt = self.attempts.get(address).copied().unwrap_or(0);
+        let attempt = self.attempts.get(address).map_or(0, |(_, attempts)| *attempts);
         let down = || Error::os("connecting", "every RDMA port is down");
         let rail = choose(&self.rails, attempt).ok_or_else(down)?;
         let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
@@ -693,19 +701,17 @@ impl Transport for VerbsTransport {
     }
 
     fn wait(&mut self, mut timeout: Duration) -> Result<()> {
-        if self.look || !self.stash.is_empty() {
+        if self.look || self.rails.iter().any(Rail::has_taken) {
             return Ok(());
         }
         for rail in &self.rails {
             rail.arm()?;
         }
-        for at in 0..self.rails.len() {
-            let mut completions = [ibv_wc::default(); TAKE];
-            let got = self.rails[at].poll(&mut completions)?;
-            self.stash.extend(completions[..got].iter().map(|completion| (at, *completion)));
-        }
-        if !self.stash.is_empty() {
-            return Ok(());
+        // What came before the arming ends no wait.
+        for rail in &mut self.rails {
+            if rail.take_all()? {
+                return Ok(());
+            }
         }
         for slot in 0..self.peers.slots() {
             let Some((peer, connection)) = self.peers.at(slot) else { continue };

@@ -6,6 +6,10 @@ mod cases;
 mod death;
 #[path = "suite/node.rs"]
 mod node;
+#[path = "software_hca/place.rs"]
+mod place;
+#[path = "suite/rdma.rs"]
+mod rdma_devices;
 
 use distkv_fabric::secure::{Secret, Security};
 use distkv_fabric::tcp::{TcpConfig, TcpTransport};
@@ -84,9 +88,10 @@ suite_for!(loopback, crate::make_loopback, [], the_guard_decides);
 suite_for!(tcp, crate::make_tcp, [], the_guard_decides);
 suite_for!(tcp_insecure, crate::make_tcp_insecure, [], the_guard_decides);
 suite_for!(shm, crate::make_shm, []);
+suite_for!(verbs, crate::rdma_devices::make_verbs, [], the_guard_decides);
 suite_for!(
-    verbs,
-    crate::node::make_verbs,
+    rdma,
+    crate::rdma_devices::make_rdma,
     [#[ignore = "needs an RDMA device: scripts/softroce brings one"]],
     the_guard_decides
 );

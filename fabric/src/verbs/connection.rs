@@ -52,6 +52,8 @@ pub struct Connection {
     pub sender: Option<Sender>,
     /// The first packet's number that we told the peer.
     first_psn: u32,
+    /// The life of the peer's transport, once it has told it.
+    pub incarnation: Option<u64>,
     /// What the peer said of itself.
     hello: Vec<u8>,
     /// The peer's *ready-ack* was read.
@@ -85,6 +87,7 @@ impl Connection {
             sender: None,
             receiver: Receiver::default(),
             first_psn: 0,
+            incarnation: None,
             hello: Vec::new(),
             acknowledged: false,
             listed: true,
@@ -97,11 +100,6 @@ impl Connection {
     /// May the owner of the transport know of it? Not of a stranger.
     pub fn is_known(&self) -> bool {
         self.target.is_some() || !matches!(self.phase, Phase::Greeting { .. })
-    }
-
-    /// The queue pair's number.
-    pub fn number(&self) -> Option<u32> {
-        self.sender.as_ref().map(|sender| sender.queue.number())
     }
 
     /// Makes the queue pair and offers it.
@@ -122,8 +120,7 @@ impl Connection {
     pub fn leave(&mut self, rail: &mut Rail) {
         self.receiver.close();
         if let Some(sender) = self.sender.take() {
-            rail.peers.remove(&sender.queue.number());
-            rail.receives.leave();
+            rail.leave(sender);
         }
     }
 
@@ -246,7 +243,8 @@ impl Connection {
     pub fn gone(&self, reason: Error) -> Error {
         match (&self.target, self.phase) {
             (Some(address), Phase::Greeting { .. }) if !matches!(reason, Error::Protocol(_) | Error::Os { .. }) => {
-                let why = if reason == Error::PeerGone { "closed during the handshake".into() } else { reason.to_string() };
+                let why =
+                    if reason == Error::PeerGone { "closed during the handshake".into() } else { reason.to_string() };
                 match reason {
                     Error::Unreachable(..) => reason,
                     _ => Error::Unreachable(address.clone(), why),
@@ -261,19 +259,22 @@ impl Connection {
         let connecting = self.target.is_some();
         match message {
             Control::Offer { endpoint, attempt, hello } if greeting && !connecting && self.sender.is_none() => {
-                self.rail = choose(rails, attempt).ok_or_else(|| Error::os("accepting a peer", "every rail is down"))?;
+                self.rail =
+                    choose(rails, attempt).ok_or_else(|| Error::os("accepting a peer", "every rail is down"))?;
                 let rail = &mut rails[self.rail];
                 let ours = self.make_queue(peer, rail)?;
                 if let Some(sender) = &mut self.sender {
                     rail.join(sender, &endpoint, self.first_psn)?;
                 }
                 self.hello = hello;
+                self.incarnation = Some(endpoint.incarnation);
                 self.link.send(&Control::Answer(ours))?;
                 Ok(Became::Same)
             }
             Control::Answer(endpoint) if greeting && connecting => {
                 let Some(sender) = &mut self.sender else { return Err(out_of_turn()) };
                 rails[self.rail].join(sender, &endpoint, self.first_psn)?;
+                self.incarnation = Some(endpoint.incarnation);
                 self.link.send(&Control::Ready)?;
                 Ok(Became::Same)
             }
@@ -347,7 +348,7 @@ impl Connection {
         }
         let link = self.link.has_output() && self.link.flush().is_ok() && self.link.has_output();
         let Some(sender) = &mut self.sender else { return false };
-        link || (matches!(sender.reap(), Ok(Ok(()))) && sender.queue.busy())
+        link || (matches!(sender.reap(), Ok(Ok(()))) && sender.queue.settle().is_ok() && sender.queue.busy())
     }
 }
 

@@ -47,7 +47,7 @@ pub struct VerbsConfig {
 
 impl Default for VerbsConfig {
     /// Any device, its best GID, one rail; a packet that stays unanswered fails
-    /// the connection after half a second (7 times 67 ms) to two, since the
+    /// the connection after half a second (6 times 67 ms) to two, since the
     /// hardware may wait up to four times the timeout.
     fn default() -> Self {
         Self {
@@ -56,7 +56,7 @@ impl Default for VerbsConfig {
             traffic_class: 0,
             service_level: 0,
             mtu_cap: 4096,
-            retry_count: 7,
+            retry_count: 6,
             timeout: 14,
             max_rails: 1,
             near: Near::Anywhere,

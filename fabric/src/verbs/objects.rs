@@ -75,8 +75,6 @@ impl Drop for Channel {
 pub struct Cq {
     raw: *mut ibv_cq,
     channel: Arc<Channel>,
-    /// Entries.
-    pub depth: u32,
 }
 
 // SAFETY: as for `Channel`.
@@ -90,14 +88,11 @@ impl Cq {
         let context = &channel.context;
         let entries = i32::try_from(entries).map_err(|e| Error::os("making a completion queue", e))?;
         // SAFETY: context and channel are open.
-        let raw =
-            unsafe { (context.lib().ibv_create_cq)(context.raw(), entries, ptr::null_mut(), channel.raw, 0) };
+        let raw = unsafe { (context.lib().ibv_create_cq)(context.raw(), entries, ptr::null_mut(), channel.raw, 0) };
         if raw.is_null() {
             return Err(last("making a completion queue"));
         }
-        // SAFETY: the library filled it in.
-        let depth = unsafe { (*raw).cqe } as u32;
-        Ok(Self { raw, channel: Arc::clone(channel), depth })
+        Ok(Self { raw, channel: Arc::clone(channel) })
     }
 
     /// Takes completions into `into`, without blocking; how many.
@@ -588,9 +583,7 @@ pub fn incidents(context: &Context, mut tell: impl FnMut(Incident)) {
     unsafe {
         while (context.lib().ibv_get_async_event)(context.raw(), &mut event) == 0 {
             let incident = match event.event_type {
-                IBV_EVENT_QP_FATAL => {
-                    Some(Incident::QueuePair { number: (*event.element.qp).qp_num, by_peer: false })
-                }
+                IBV_EVENT_QP_FATAL => Some(Incident::QueuePair { number: (*event.element.qp).qp_num, by_peer: false }),
                 IBV_EVENT_QP_REQ_ERR | IBV_EVENT_QP_ACCESS_ERR => {
                     Some(Incident::QueuePair { number: (*event.element.qp).qp_num, by_peer: true })
                 }

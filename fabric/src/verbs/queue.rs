@@ -59,16 +59,11 @@ impl<'a> Batch<'a> {
         Self { requests: [NONE; CHAIN], holds: [Holds::default(); CHAIN], len: 0 }
     }
 
-    /// Adds a request; the caller has looked at [`room`](Self::room).
+    /// Adds a request, of [`CHAIN`] at most.
     pub fn push(&mut self, work: Work<'a>, source: Source<'a>, holds: Holds) {
         self.requests[self.len] = Request { id: 0, work, source, signalled: false };
         self.holds[self.len] = holds;
         self.len += 1;
-    }
-
-    /// How many more it takes.
-    pub fn room(&self) -> usize {
-        CHAIN - self.len
     }
 
     /// How many there are.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::Config;
 use super::device::{self, Context, Link, Mr, MrAccess, Pd};
 use super::landing::writable;
-use super::objects::{Channel, Cq, Path, Srq};
+use super::objects::{CHAIN, Channel, Cq, Path, Srq};
 use super::queue::SendQueue;
 use super::receives::{PER_CONNECTION, Receives};
 use super::sender::Sender;
@@ -37,11 +37,14 @@ pub struct Rail {
     pub peers: HashMap<u32, PeerId>,
     /// Nothing goes over it: the port or the device has failed.
     pub down: bool,
+    /// Completed receives that were taken and are not handled yet.
+    taken: Vec<ibv_wc>,
+    incarnation: u64,
 }
 
 impl Rail {
     /// Opens a port.
-    pub fn open(lib: &'static Lib, port: device::Rail, config: &Config) -> Result<Self> {
+    pub fn open(lib: &'static Lib, port: device::Rail, config: &Config, incarnation: u64) -> Result<Self> {
         let context = Context::open(lib, &port.device)?;
         let limits = context.attributes()?;
         let max_message = context.max_message(port.port)?;
@@ -80,6 +83,8 @@ impl Rail {
             regions: HashMap::new(),
             peers: HashMap::new(),
             down: false,
+            taken: Vec::new(),
+            incarnation,
         })
     }
 
@@ -107,6 +112,7 @@ impl Rail {
             mtu: self.path.mtu as u16,
             credits: super::receives::CREDITS,
             buffer: super::receives::BUFFER as u32,
+            incarnation: self.incarnation,
         };
         let sender = Sender::new(queue, &self.pd, self.max_message)?;
         self.receives.join(&self.pd)?;
@@ -123,10 +129,57 @@ impl Rail {
         Ok(())
     }
 
-    /// Takes completed receives.
+    /// Ends a connection's queue pair. What it has received is not lost with it:
+    /// a device takes back its completions, and would keep the receives.
+    pub fn leave(&mut self, sender: Sender) {
+        let number = sender.queue.number();
+        self.peers.remove(&number);
+        // Only a device that is broken refuses.
+        let _ = sender.queue.fail();
+        let _ = self.take_all();
+        drop(sender);
+        let receives = &mut self.receives;
+        // None of these may be taken for those of a later queue pair that gets
+        // the same number.
+        self.taken.retain(|completion| {
+            let other = completion.qp_num != number;
+            if !other {
+                receives.give_back(completion.wr_id);
+            }
+            other
+        });
+        self.receives.leave();
+    }
+
+    /// Takes completed receives off the device, to be handed out by
+    /// [`poll`](Self::poll); true if there are some.
+    pub fn take_all(&mut self) -> Result<bool> {
+        let mut completions = [ibv_wc::default(); CHAIN];
+        loop {
+            let got = self.recv_cq.poll(&mut completions)?;
+            self.taken.extend_from_slice(&completions[..got]);
+            if got < CHAIN {
+                return Ok(!self.taken.is_empty());
+            }
+        }
+    }
+
+    /// Hands out completed receives, oldest first.
     #[inline]
-    pub fn poll(&self, into: &mut [ibv_wc]) -> Result<usize> {
-        self.recv_cq.poll(into)
+    pub fn poll(&mut self, into: &mut [ibv_wc]) -> Result<usize> {
+        if self.taken.is_empty() {
+            return self.recv_cq.poll(into);
+        }
+        let got = into.len().min(self.taken.len());
+        for (to, from) in into.iter_mut().zip(self.taken.drain(..got)) {
+            *to = from;
+        }
+        Ok(got)
+    }
+
+    /// Were some taken and not handed out?
+    pub fn has_taken(&self) -> bool {
+        !self.taken.is_empty()
     }
 
     /// The next completed receive ends a wait.

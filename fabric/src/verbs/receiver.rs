@@ -28,6 +28,9 @@ struct Grant {
     bound: Bound,
     /// The peer knows the target.
     told: bool,
+    /// The region is no more. The grant stays until its window's bind is done:
+    /// a bind of a window that is gone ends the queue pair.
+    revoked: bool,
 }
 
 /// How far a window has come.
@@ -150,7 +153,7 @@ impl Receiver {
         if landed.len > super::landing::SLOT {
             return Err(violation("a write longer than its slot"));
         }
-        let grant = self.grants.iter().find(|g| g.region == landed.region && g.guarded);
+        let grant = self.grants.iter().find(|g| g.region == landed.region && g.guarded && !g.revoked);
         let grant = grant.ok_or_else(|| violation("write to a region that is not, or no longer, open"))?;
         let from = landing.take();
         let into = regions.target(grant.region, &grant.token, landed.offset, u64::from(landed.len), hello)?;
@@ -197,7 +200,7 @@ impl Receiver {
             (window, Target::Region { address: mr.address(), rkey, size: memory.len() as u64 })
         };
         let bound = if window.is_some() { Bound::No } else { Bound::Yes };
-        self.grants.push(Grant { region, token, guarded, window, target, bound, told: false });
+        self.grants.push(Grant { region, token, guarded, window, target, bound, told: false, revoked: false });
         Ok(())
     }
 
@@ -207,6 +210,7 @@ impl Receiver {
             let grant = self.grants.iter_mut().find(|g| g.region == region);
             match grant {
                 Some(grant) => grant.bound = Bound::Yes,
+                // Of the landing zone, if of anything.
                 None => {
                     if let (ZONE, Some(landing)) = (region, &mut self.landing) {
                         landing.bound = Bound::Yes;
@@ -221,8 +225,9 @@ impl Receiver {
         {
             landing.bound = Bound::Underway;
         }
+        self.grants.retain(|g| !g.revoked || g.bound == Bound::Underway);
         let zone = self.landing.as_ref().is_some_and(|landing| landing.bound == Bound::Yes);
-        for grant in self.grants.iter_mut().filter(|g| !g.told) {
+        for grant in self.grants.iter_mut().filter(|g| !g.told && !g.revoked) {
             if grant.bound == Bound::No
                 && let Some(window) = &grant.window
                 && sender.bind(window, grant.region)?
@@ -250,7 +255,10 @@ impl Receiver {
 
     /// The region is no more: its key is void from now on.
     pub fn revoke(&mut self, region: u32) {
-        self.grants.retain(|g| g.region != region);
+        self.grants.retain_mut(|g| {
+            g.revoked |= g.region == region;
+            !g.revoked || g.bound == Bound::Underway
+        });
     }
 }
 

@@ -18,8 +18,8 @@
 //! the caller's [`Notify`](crate::Notify). A SEND WITH IMMEDIATE says in its two
 //! top bits what it carries ([`Said`]).
 
-/// Version of what is said here; a part of the handshake's prologue.
-pub(super) const VERSION: u16 = 1;
+/// Version of what is said here, in every offer and answer.
+const VERSION: u8 = 1;
 
 const OFFER: u8 = 1;
 const ANSWER: u8 = 2;
@@ -30,7 +30,7 @@ const OPENED: u8 = 6;
 const BYE: u8 = 7;
 
 /// Bytes of an encoded endpoint.
-const ENDPOINT: usize = 36;
+const ENDPOINT: usize = 44;
 /// Bytes of an encoded target.
 const TARGET: usize = 37;
 
@@ -54,6 +54,8 @@ pub struct Endpoint {
     pub credits: u16,
     /// Bytes of each of them.
     pub buffer: u32,
+    /// One life of the transport that speaks, random.
+    pub incarnation: u64,
 }
 
 /// Where a writer's bytes go.
@@ -154,8 +156,8 @@ impl<'a> Fields<'a> {
 
 impl Endpoint {
     fn put(&self, out: &mut Vec<u8>) {
+        out.push(VERSION);
         out.push(u8::from(self.ethernet));
-        out.push(0);
         out.extend(self.gid);
         out.extend(self.lid.to_le_bytes());
         out.extend(self.queue_pair.to_le_bytes());
@@ -163,11 +165,15 @@ impl Endpoint {
         out.extend(self.mtu.to_le_bytes());
         out.extend(self.credits.to_le_bytes());
         out.extend(self.buffer.to_le_bytes());
+        out.extend(self.incarnation.to_le_bytes());
     }
 
     fn read(fields: &mut Fields<'_>) -> Result<Self, &'static str> {
-        let (ethernet, zero) = (fields.u8()?, fields.u8()?);
-        if ethernet > 1 || zero != 0 {
+        let (version, ethernet) = (fields.u8()?, fields.u8()?);
+        if version != VERSION {
+            return Err("another version of the verbs transport");
+        }
+        if ethernet > 1 {
             return Err("an endpoint with unknown flags");
         }
         let endpoint = Self {
@@ -179,6 +185,7 @@ impl Endpoint {
             mtu: fields.u16()?,
             credits: fields.u16()?,
             buffer: fields.u32()?,
+            incarnation: fields.u64()?,
         };
         if endpoint.queue_pair >= 1 << 24 || endpoint.first_psn >= 1 << 24 {
             return Err("an endpoint with a number of more than 24 bits");
@@ -399,7 +406,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn endpoint() -> impl Strategy<Value = Endpoint> {
-        let numbers = (0u32..1 << 24, 0u32..1 << 24, 8u32..13, 1u16.., 256u32..1 << 20);
+        let numbers = (0u32..1 << 24, 0u32..1 << 24, 8u32..13, 1u16.., 256u32..1 << 20, any::<u64>());
         (any::<bool>(), any::<[u8; 16]>(), any::<u16>(), numbers).prop_map(|(ethernet, gid, lid, n)| Endpoint {
             ethernet,
             gid,
@@ -409,13 +416,17 @@ mod tests {
             mtu: 1 << n.2,
             credits: n.3,
             buffer: n.4,
+            incarnation: n.5,
         })
     }
 
     fn control() -> impl Strategy<Value = Control> {
         let target = prop_oneof![
-            (0..1u64 << 63, any::<u32>(), 0..1u64 << 62)
-                .prop_map(|(address, rkey, size)| Target::Region { address, rkey, size }),
+            (0..1u64 << 63, any::<u32>(), 0..1u64 << 62).prop_map(|(address, rkey, size)| Target::Region {
+                address,
+                rkey,
+                size
+            }),
             (0..1u64 << 63, any::<u32>(), 1u32..=1 << 30, 1u16..)
                 .prop_map(|(address, rkey, slot, slots)| Target::Landing { address, rkey, slot, slots }),
         ];

@@ -17,22 +17,6 @@ pub fn rounds(most: usize) -> usize {
     (most / slow).max(10)
 }
 
-/// RDMA devices that the transports of a test take in turn, `rxe0,rxe1`; all
-/// take all there are where it is not set.
-const DEVICES: &str = "DISTKV_TEST_VERBS_DEVICES";
-
-/// Makes a verbs transport.
-pub fn make_verbs() -> Box<dyn Transport> {
-    static NEXT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
-    let turn = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-    let devices: Vec<String> = std::env::var(DEVICES).map_or(Vec::new(), |d| d.split(',').map(str::to_owned).collect());
-    let device = (!devices.is_empty()).then(|| devices[turn % devices.len()].clone());
-    let ports = distkv_fabric::verbs::device::VerbsConfig { devices: device.into_iter().collect(), ..Default::default() };
-    let config = distkv_fabric::verbs::Config { ports, ..Default::default() };
-    let secret = distkv_fabric::secure::Secret::new([7; 32]);
-    Box::new(distkv_fabric::verbs::VerbsTransport::bind(([127, 0, 0, 1], 0).into(), secret, config).unwrap())
-}
-
 /// An event, kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Seen {
