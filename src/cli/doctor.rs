@@ -8,9 +8,12 @@ use std::io::Write as _;
 use std::path::PathBuf;
 
 use anyhow::{Context, anyhow, bail};
+use distkv_fabric::secure::Security;
 use distkv_fabric::select::Kind;
 use distkv_fabric::tcp;
-use distkv_fabric::verbs::device::{Near, SYSFS, VerbsConfig};
+use distkv_fabric::verbs::device::SYSFS;
+
+use super::options::RdmaOptions;
 use serde::Serialize;
 
 /// Look at this machine: fabric transports, RDMA devices, limits, processor.
@@ -22,26 +25,12 @@ pub struct Args {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
-    /// Order RDMA ports by closeness to this: a PCI address (of a GPU, say) or `node:N`, a NUMA node.
-    #[arg(long, value_parser = near)]
-    pub near: Option<Near>,
-    /// RDMA devices to use, `mlx5_0` or `mlx5_0:1` for one port; any by default.
-    #[arg(long, value_delimiter = ',')]
-    pub verbs_devices: Vec<String>,
-    /// RDMA ports to use at most.
-    #[arg(long, default_value_t = 1)]
-    pub rails: usize,
+    #[command(flatten)]
+    /// RDMA ports.
+    pub rdma: RdmaOptions,
     /// Where the kernel shows its devices.
     #[arg(long, hide = true, default_value = SYSFS)]
     pub sysfs: PathBuf,
-}
-
-fn near(text: &str) -> Result<Near, String> {
-    match text.strip_prefix("node:") {
-        Some(node) => node.parse().map(Near::Node).map_err(|_| format!("{node} is no NUMA node's number")),
-        None if text.contains(':') => Ok(Near::Pci(text.to_string())),
-        None => Err("neither a PCI address (0000:17:00.0) nor node:N".into()),
-    }
 }
 
 /// All that was found.
@@ -66,17 +55,11 @@ struct TransportLine {
 
 /// Prints what was found on stdout. An error where nothing joins two processes.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let config = VerbsConfig {
-        devices: args.verbs_devices,
-        max_rails: args.rails,
-        near: args.near.unwrap_or_default(),
-        ..VerbsConfig::default()
-    };
-    config.check()?;
+    let config = args.rdma.config()?;
     let place = config.near.place(&args.sysfs).map_err(|fault| anyhow!("--near: {fault}"))?;
     let verbs = rdma::look(&args.sysfs, &place, &config);
     let mut transports: Vec<TransportLine> =
-        Kind::ALL.into_iter().filter(|kind| kind.name() != rdma::NAME).map(probe).collect();
+        Kind::ALL.into_iter().filter(|kind| *kind != Kind::Verbs).map(probe).collect();
     transports.push(verbs_line(&verbs));
     let usable = transports.iter().any(|line| line.usable && line.name != Kind::Loopback.name());
     let machine = machine::look(&args.sysfs, verbs.needs_locked_memory());
@@ -97,13 +80,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 /// Tries a transport by making one.
 fn probe(kind: Kind) -> TransportLine {
     let nowhere = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
-    let made = kind.bind(nowhere);
+    let made = kind.bind(nowhere, &Security::Insecure.into());
     let because = match (&made, kind) {
         (Err(error), _) => error.to_string(),
         (Ok(_), Kind::Tcp) if tcp::batches() => "any two hosts; many receives in one call, by io_uring".into(),
         (Ok(_), Kind::Tcp) => "any two hosts; a call for each receive, as this system allows no io_uring".into(),
         (Ok(_), Kind::Shm) => "processes of one user on one host".into(),
         (Ok(_), Kind::Loopback) => "nodes in one process".into(),
+        (Ok(_), Kind::Verbs) => "hosts that an RDMA network joins".into(),
     };
     let next = match kind {
         Kind::Shm if made.is_err() => Some(Kind::Tcp.name()),
@@ -112,12 +96,10 @@ fn probe(kind: Kind) -> TransportLine {
     TransportLine { name: kind.name(), usable: made.is_ok(), because, next }
 }
 
-/// Usable where this build has the transport and this machine a port for it.
+/// Usable where this machine has a port for it.
 fn verbs_line(verbs: &rdma::Verbs) -> TransportLine {
-    let built = Kind::ALL.iter().any(|kind| kind.name() == rdma::NAME);
     let (usable, because) = match verbs.ports() {
-        Ok(ports) if built => (true, format!("RDMA between hosts, over {ports}")),
-        Ok(ports) => (false, format!("this version looks for RDMA devices, but does not use them yet ({ports})")),
+        Ok(ports) => (true, format!("RDMA between hosts, over {ports}")),
         Err(because) => (false, because),
     };
     TransportLine { name: rdma::NAME, usable, because, next: (!usable).then_some(Kind::Tcp.name()) }
@@ -141,13 +123,6 @@ fn render(report: &Report) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn closeness_is_asked_for_by_address_or_node() {
-        assert_eq!(near("node:1"), Ok(Near::Node(1)));
-        assert_eq!(near("0000:17:00.0"), Ok(Near::Pci("0000:17:00.0".into())));
-        assert!(near("gpu0").is_err() && near("node:x").is_err());
-    }
 
     #[test]
     fn a_port_alone_makes_no_transport() {

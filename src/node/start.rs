@@ -8,7 +8,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use distkv_fabric::secure::Security;
+use distkv_fabric::select::Options;
 use distkv_fabric::tcp::{TcpConfig, TcpTransport};
+use distkv_fabric::verbs::device::VerbsConfig;
 use distkv_fabric::{Transport, Waker};
 
 use super::control_loop::{ClusterView, ControlLoop, NodeCommand, NodeLink};
@@ -72,6 +74,10 @@ pub struct NodeConfig {
     /// The fabric's connections are neither encrypted nor authenticated:
     /// trusted networks only, and all nodes alike.
     pub insecure_fabric: bool,
+    /// RDMA ports to use.
+    pub rdma: VerbsConfig,
+    /// Start only where RDMA can be used.
+    pub require_rdma: bool,
     /// Rank under a launcher.
     pub rank: u32,
     /// Control addresses (`tcp://ip:port`) to join at.
@@ -231,7 +237,7 @@ impl Node {
                 spin: config.tuning.spin,
             },
             pool.clone(),
-            config.fabric.open(config.fabric_listen.ip(), &assembly.security)?,
+            assembly.transports(&config)?,
             exchange.clone(),
         )?;
         let inbox = Engine::<CpuDevice>::inbox();
@@ -407,7 +413,8 @@ impl Assembly {
         let key = config.key.unwrap_or_else(|| derive("distkv cluster key from its name v1", &config.cluster));
         let security = transports::security(&key, &cluster, config.insecure_fabric);
         let (control, gossip) = listen(config.fabric_listen, &security)?;
-        let creditors = config.fabric.open(config.fabric_listen.ip(), &security)?;
+        let options = Options { security: security.clone(), rdma: config.rdma.clone() };
+        let creditors = config.fabric.open(config.fabric_listen.ip(), &options, config.require_rdma)?;
         let (commands, inbox) = mpsc::channel();
         let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
         let profile = Profile {
@@ -434,6 +441,12 @@ impl Assembly {
         let rmanager = RManager::new(source, config.lend, config.tuning.lease);
         let (control, config) = (Box::new(control), control_config);
         Ok(Self { control, security, gossip, creditors, rmanager, config, link, inbox })
+    }
+
+    /// The engine's transports: as the creditors' are.
+    fn transports(&self, config: &NodeConfig) -> Result<Vec<Box<dyn Transport>>, NodeError> {
+        let options = Options { security: self.security.clone(), rdma: config.rdma.clone() };
+        Ok(config.fabric.open(config.fabric_listen.ip(), &options, config.require_rdma)?)
     }
 
     fn finish(

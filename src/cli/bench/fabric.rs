@@ -16,9 +16,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use distkv_fabric::secure::{Secret, Security};
-use distkv_fabric::select::Kind;
+use distkv_fabric::select::{Kind, Options};
 use distkv_fabric::{Access, Address, Error, Event, Memory, Notify, PeerId, RegionId, RemoteKey, Transport, Write};
 use hdrhistogram::Histogram;
+
+use crate::cli::options::RdmaOptions;
 
 use super::report::{Output, Report, histogram};
 
@@ -44,6 +46,9 @@ pub struct Args {
     /// Run both sides as threads of one process (loopback always does).
     #[arg(long, env = "DISTKV_BENCH_THREADS")]
     pub threads: bool,
+    /// RDMA ports. Of two devices each side of verbs takes one.
+    #[command(flatten)]
+    pub rdma: RdmaOptions,
     #[command(flatten)]
     /// Where the results go.
     pub output: Output,
@@ -63,11 +68,15 @@ pub struct Subject {
 }
 
 impl Subject {
-    fn bind(self) -> Result<Box<dyn Transport>> {
+    fn bind(self, rdma: &RdmaOptions, first: bool) -> Result<Box<dyn Transport>> {
         // It guards noughts and ones for the time of a measurement.
         let secret = Secret::new(*b"the same at both sides of a test");
         let security = if self.insecure { Security::Insecure } else { Security::Sealed(secret) };
-        Ok(self.kind.bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), &security)?)
+        let mut rdma = rdma.config()?;
+        if let [one, other] = &rdma.devices[..] {
+            rdma.devices = vec![if first { one.clone() } else { other.clone() }];
+        }
+        Ok(self.kind.bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), &Options { security, rdma })?)
     }
 }
 
@@ -105,7 +114,7 @@ const WARM: u32 = 200;
 /// Runs the benchmark.
 pub fn run(args: Args) -> Result<()> {
     if let (Some(address), Some(subject)) = (&args.peer, args.subject) {
-        return serve(subject, Address(address.clone()));
+        return serve(subject, &args.rdma, Address(address.clone()));
     }
     let largest = args.size.iter().copied().max().unwrap_or(0);
     ensure!(args.size.iter().all(|s| *s > 0), "--size must be at least 1 byte");
@@ -129,13 +138,19 @@ enum Other {
 }
 
 impl Other {
-    fn start(subject: Subject, address: &Address, threads: bool) -> Result<Self> {
-        if threads || subject.kind == Kind::Loopback {
-            let address = address.clone();
-            return Ok(Self::Thread(Some(std::thread::spawn(move || serve(subject, address)))));
+    fn start(subject: Subject, address: &Address, args: &Args) -> Result<Self> {
+        if args.threads || subject.kind == Kind::Loopback {
+            let (address, rdma) = (address.clone(), args.rdma.clone());
+            return Ok(Self::Thread(Some(std::thread::spawn(move || serve(subject, &rdma, address)))));
         }
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["bench", "fabric", "--peer", &address.0, "--subject", &subject.to_string()]);
+        if !args.rdma.verbs_devices.is_empty() {
+            command.args(["--verbs-devices", &args.rdma.verbs_devices.join(",")]);
+        }
+        if let Some(index) = args.rdma.verbs_gid_index {
+            command.args(["--verbs-gid-index", &index.to_string()]);
+        }
         command.stdin(Stdio::null()).stdout(Stdio::null());
         Ok(Self::Process(command.spawn().context("cannot start the second process")?))
     }
@@ -167,8 +182,8 @@ impl Drop for Other {
 }
 
 fn measure(subject: Subject, args: &Args, report: &mut Report) -> Result<()> {
-    let mut side = Side::new(subject)?;
-    let other = Other::start(subject, &side.transport.address(), args.threads)?;
+    let mut side = Side::new(subject, &args.rdma, true)?;
+    let other = Other::start(subject, &side.transport.address(), args)?;
     side.meet()?;
     let budget = Duration::from_secs_f64(args.seconds);
     let mut floor = if subject.kind == Kind::Tcp { Some(side.open_floor()?) } else { None };
@@ -214,8 +229,8 @@ fn human(bytes: usize) -> String {
 }
 
 /// The second side: does what it is told until it is told to quit.
-fn serve(subject: Subject, address: Address) -> Result<()> {
-    let mut side = Side::new(subject)?;
+fn serve(subject: Subject, rdma: &RdmaOptions, address: Address) -> Result<()> {
+    let mut side = Side::new(subject, rdma, false)?;
     side.peer = Some(side.transport.connect(&address, b"bench")?);
     side.exchange_keys()?;
     let mut floor = None;
@@ -254,8 +269,8 @@ struct Side {
 }
 
 impl Side {
-    fn new(subject: Subject) -> Result<Self> {
-        let mut transport = subject.bind()?;
+    fn new(subject: Subject, rdma: &RdmaOptions, first: bool) -> Result<Self> {
+        let mut transport = subject.bind(rdma, first)?;
         let (source, target) = (Memory::new(REGION)?, Memory::new(REGION)?);
         // Touched now, so that no page fault is measured.
         for memory in [&source, &target] {
@@ -513,6 +528,7 @@ mod tests {
             size: vec![8, 4096],
             seconds: 0.002,
             threads: true,
+            rdma: RdmaOptions::default(),
             output: Output::default(),
             peer: None,
             subject: None,
