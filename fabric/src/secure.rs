@@ -61,6 +61,10 @@
 //! transport over ring (it copies), 1.6 µs and 343 µs with snow's own AES. So
 //! snow does the handshake and hands over its two keys (what it calls a risky
 //! split: the keys go nowhere else), and [`record`] seals with ring.
+//!
+//! What a stranger costs the side that accepts, there: 0.05 µs if it speaks
+//! something else, 5 µs with another secret, 113 µs with a recorded first
+//! message (both sides' keys are agreed on before it can be known for one).
 
 mod bootstrap;
 #[doc(hidden)]
