@@ -108,6 +108,8 @@ const ACK: u64 = 32;
 /// this short so that a disturbance hits both.
 const TURN: u32 = 200;
 const MIN_TURNS: u32 = 5;
+/// A spinner lets others have its core after this time.
+const PATIENCE: Duration = Duration::from_micros(10);
 /// Round trips that are not counted.
 const WARM: u32 = 200;
 
@@ -348,8 +350,16 @@ impl Side {
     /// Spins until one more notification has come.
     fn await_notified(&mut self) -> Result<()> {
         self.awaited += 1;
+        let start = Instant::now();
+        let mut polls = 0u32;
         while self.notified < self.awaited {
             self.poll()?;
+            polls = polls.wrapping_add(1);
+            // Where cores are short the other side, or the kernel's own work for
+            // a transport, may be waiting for this one.
+            if polls.is_multiple_of(16) && start.elapsed() > PATIENCE {
+                std::thread::yield_now();
+            }
         }
         Ok(())
     }
