@@ -29,7 +29,8 @@
 mod connection;
 pub mod device;
 mod landing;
-mod link;
+#[doc(hidden)]
+pub mod link;
 mod objects;
 mod queue;
 mod rail;
@@ -237,6 +238,12 @@ impl VerbsTransport {
         connection.sender(peer)?.queue.fail()
     }
 
+    /// The number of a connection's queue pair. For tests that break it.
+    #[doc(hidden)]
+    pub fn queue_pair(&mut self, peer: PeerId) -> Result<u32> {
+        Ok(self.peers.get_mut(peer)?.sender(peer)?.queue.number())
+    }
+
     fn add(&mut self, connection: Connection) -> Result<PeerId> {
         let peer = self.peers.insert(Box::new(connection))?;
         let socket = self.peers.get_mut(peer)?.link.socket();
@@ -297,23 +304,29 @@ impl VerbsTransport {
         let Some(rail) = self.rails.get_mut(at) else { return };
         let mut broken = Vec::new();
         let (port, name) = (rail.port(), rail.name.clone());
+        // A port that was down for a moment has lost its connections too.
+        let mut ended = None;
         objects::incidents(&rail.context, |incident| match incident {
-            Incident::QueuePair { number, by_peer } => broken.extend(rail.peers.get(&number).map(|p| (*p, by_peer))),
-            Incident::PortDown(number) if number == port => rail.down = true,
-            Incident::Device => rail.down = true,
+            Incident::QueuePair { number, by_peer } => {
+                broken.extend(rail.peers.get(&number).map(|peer| match by_peer {
+                    true => (*peer, Error::Protocol("a write that its key does not allow".into())),
+                    false => (*peer, Error::Lost(format!("{name}: the device ended the queue pair"))),
+                }))
+            }
+            Incident::PortDown(number) if number == port => {
+                (rail.down, ended) = (true, ended.or(Some("the port is down")))
+            }
+            Incident::Device => (rail.dead, ended) = (true, Some("the device has failed")),
             Incident::PortUp(number) if number == port => rail.down = false,
             Incident::PortDown(_) | Incident::PortUp(_) => {}
         });
-        if rail.down {
-            tracing::warn!(rail = name, "the port or the device is down; its connections are closed");
-            broken.extend(rail.peers.values().map(|p| (*p, false)));
+        if let Some(ended) = ended {
+            tracing::warn!(rail = name, "{ended}; its connections are closed");
+            broken.extend(rail.peers.values().map(|peer| (*peer, Error::Lost(format!("{name}: {ended}")))));
         }
-        for (peer, by_peer) in broken {
+        for (peer, reason) in broken {
             if let Ok(connection) = self.peers.get_mut(peer) {
-                connection.broken.get_or_insert(match by_peer {
-                    true => Error::Protocol("a write that its key does not allow".into()),
-                    false => Error::Lost(format!("{name}: the device ended the queue pair")),
-                });
+                connection.broken.get_or_insert(reason);
                 self.list(peer);
             }
         }
@@ -344,6 +357,7 @@ impl VerbsTransport {
             let Some((peer, connection)) = self.peers.at(slot) else { continue };
             match connection.phase {
                 Phase::Greeting { until } if until <= now => {
+                    self.incidents.stats.timeouts += 1;
                     let reason = match &connection.target {
                         Some(address) => Error::Unreachable(address.clone(), "no answer in time".into()),
                         None => Error::PeerGone,
@@ -364,8 +378,10 @@ impl VerbsTransport {
     }
 
     fn end(&mut self, peer: PeerId, connection: &mut Connection, reason: Error, sink: &mut dyn FnMut(Event<'_>)) {
-        if let Error::Protocol(cause) = &reason {
-            self.incidents.protocol("verbs", cause);
+        match &reason {
+            Error::Protocol(cause) => self.incidents.protocol("verbs", cause),
+            Error::Refused(refused) => self.incidents.refused("verbs", *refused),
+            _ => {}
         }
         if let Some(at) = self.half_open.iter().position(|p| *p == peer) {
             self.half_open.remove(at);
@@ -604,7 +620,7 @@ impl Transport for VerbsTransport {
         }
         let to = resolve(address)?;
         let attempt = self.attempts.get(address).map_or(0, |(_, attempts)| *attempts);
-        let down = || Error::os("connecting", "every RDMA port is down");
+        let down = || Error::os("connecting", "every RDMA port is down or its device has failed");
         let rail = choose(&self.rails, attempt).ok_or_else(down)?;
         let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;

@@ -583,7 +583,10 @@ pub fn incidents(context: &Context, mut tell: impl FnMut(Incident)) {
     unsafe {
         while (context.lib().ibv_get_async_event)(context.raw(), &mut event) == 0 {
             let incident = match event.event_type {
-                IBV_EVENT_QP_FATAL => Some(Incident::QueuePair { number: (*event.element.qp).qp_num, by_peer: false }),
+                // The second is all that is said of an idle queue pair that ended.
+                IBV_EVENT_QP_FATAL | IBV_EVENT_QP_LAST_WQE_REACHED => {
+                    Some(Incident::QueuePair { number: (*event.element.qp).qp_num, by_peer: false })
+                }
                 IBV_EVENT_QP_REQ_ERR | IBV_EVENT_QP_ACCESS_ERR => {
                     Some(Incident::QueuePair { number: (*event.element.qp).qp_num, by_peer: true })
                 }

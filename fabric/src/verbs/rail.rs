@@ -35,8 +35,11 @@ pub struct Rail {
     pub regions: HashMap<u32, Arc<Mr>>,
     /// The connections by their queue pairs' numbers.
     pub peers: HashMap<u32, PeerId>,
-    /// Nothing goes over it: the port or the device has failed.
+    /// Nothing goes over it until the port is up again.
     pub down: bool,
+    /// Nothing will ever go over it: the device has failed. It may work again
+    /// for a transport that opens it anew.
+    pub dead: bool,
     /// Completed receives that were taken and are not handled yet.
     taken: Vec<ibv_wc>,
     incarnation: u64,
@@ -83,6 +86,7 @@ impl Rail {
             regions: HashMap::new(),
             peers: HashMap::new(),
             down: false,
+            dead: false,
             taken: Vec::new(),
             incarnation,
         })
