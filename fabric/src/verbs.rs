@@ -28,6 +28,7 @@
 
 mod connection;
 pub mod device;
+mod few;
 mod landing;
 #[doc(hidden)]
 pub mod link;
@@ -60,6 +61,7 @@ use crate::stats::{Incidents, Stats};
 use crate::{Access, Address, Error, Event, MAX_SEND, Memory, PeerId, RegionId, RemoteKey, Result, Transport};
 use crate::{Waker, Write};
 use connection::{Connection, Phase, choose};
+use few::Few;
 use link::Link;
 use objects::Incident;
 use rail::Rail;
@@ -431,11 +433,12 @@ impl VerbsTransport {
     /// Takes completed receives of all rails.
     fn receive_all(&mut self, sink: &mut dyn FnMut(Event<'_>)) -> Result<()> {
         for at in 0..self.rails.len() {
-            let mut completions = [ibv_wc::default(); TAKE];
+            let mut completions = Few::<ibv_wc, TAKE>::new();
             let mut taken = 0;
             loop {
-                let got = self.rails[at].poll(&mut completions)?;
-                for completion in &completions[..got] {
+                self.rails[at].poll(&mut completions)?;
+                let got = completions.len();
+                for completion in completions.as_slice() {
                     self.receive(at, completion, sink);
                 }
                 taken += got;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::Config;
 use super::device::{self, Context, Link, Mr, MrAccess, Pd};
+use super::few::Few;
 use super::landing::writable;
 use super::objects::{CHAIN, Channel, Cq, Path, Srq};
 use super::queue::SendQueue;
@@ -158,27 +159,28 @@ impl Rail {
     /// Takes completed receives off the device, to be handed out by
     /// [`poll`](Self::poll); true if there are some.
     pub fn take_all(&mut self) -> Result<bool> {
-        let mut completions = [ibv_wc::default(); CHAIN];
+        let mut completions = Few::<ibv_wc, CHAIN>::new();
         loop {
-            let got = self.recv_cq.poll(&mut completions)?;
-            self.taken.extend_from_slice(&completions[..got]);
-            if got < CHAIN {
+            self.recv_cq.poll(&mut completions)?;
+            self.taken.extend_from_slice(completions.as_slice());
+            if completions.len() < CHAIN {
                 return Ok(!self.taken.is_empty());
             }
         }
     }
 
-    /// Hands out completed receives, oldest first.
+    /// Hands out completed receives, oldest first, in place of what is in `into`.
     #[inline]
-    pub fn poll(&mut self, into: &mut [ibv_wc]) -> Result<usize> {
+    pub fn poll<const N: usize>(&mut self, into: &mut Few<ibv_wc, N>) -> Result<()> {
         if self.taken.is_empty() {
             return self.recv_cq.poll(into);
         }
-        let got = into.len().min(self.taken.len());
-        for (to, from) in into.iter_mut().zip(self.taken.drain(..got)) {
-            *to = from;
+        *into = Few::new();
+        let got = N.min(self.taken.len());
+        for completion in self.taken.drain(..got) {
+            into.push(completion);
         }
-        Ok(got)
+        Ok(())
     }
 
     /// Were some taken and not handed out?
