@@ -673,7 +673,7 @@ impl Transport for VerbsTransport {
         key.check(write.remote_offset, write.len)?;
         self.regions.source(write.local, write.local_offset, write.len)?;
         let registered = self.rails[connection.rail].regions.get(&write.local.0);
-        let source = registered.ok_or(Error::UnknownRegion(write.local))?;
+        let source = registered.ok_or_else(|| Error::UnknownRegion(write.local))?;
         let to = Outgoing {
             offset: write.local_offset,
             len: write.len,

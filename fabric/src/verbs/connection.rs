@@ -129,7 +129,7 @@ impl Connection {
 
     /// The sending half, to post.
     pub fn sender(&mut self, peer: PeerId) -> Result<&mut Sender> {
-        self.sender.as_mut().ok_or(Error::UnknownPeer(peer))
+        self.sender.as_mut().ok_or_else(|| Error::UnknownPeer(peer))
     }
 
     /// Is there something to do even if nothing arrives?

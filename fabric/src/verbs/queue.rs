@@ -126,20 +126,34 @@ impl SendQueue {
     /// Posts a batch with one call; it fits the [`room`](Self::room).
     pub fn post(&mut self, batch: &mut Batch<'_>) -> Result<()> {
         debug_assert!(batch.len() <= self.room());
-        let depth = self.held.len() as u64;
         for (request, holds) in batch.requests.as_mut_slice().iter_mut().zip(batch.holds.as_slice()) {
-            self.quiet += 1;
-            // What somebody waits for is signalled, and every so often another,
-            // so that the queue's slots come back.
-            request.signalled = holds.write || holds.window.is_some() || self.quiet >= SIGNAL_EVERY;
-            if request.signalled {
-                self.quiet = 0;
-            }
-            request.id = self.posted;
-            self.held[(self.posted % depth) as usize] = *holds;
-            self.posted += 1;
+            (request.id, request.signalled) = self.hold(*holds);
         }
         self.qp.post(batch.requests.as_slice())
+    }
+
+    /// Posts one request; there is [`room`](Self::room) for it.
+    #[inline]
+    pub fn post_one(&mut self, work: Work<'_>, source: Source<'_>, holds: Holds) -> Result<()> {
+        debug_assert!(self.room() > 0);
+        let (id, signalled) = self.hold(holds);
+        self.qp.post(&[Request { id, work, source, signalled }])
+    }
+
+    /// The next request holds this: its number, and whether it is signalled.
+    fn hold(&mut self, holds: Holds) -> (u64, bool) {
+        self.quiet += 1;
+        // What somebody waits for is signalled, and every so often another,
+        // so that the queue's slots come back.
+        let signalled = holds.write || holds.window.is_some() || self.quiet >= SIGNAL_EVERY;
+        if signalled {
+            self.quiet = 0;
+        }
+        let id = self.posted;
+        let at = (id % self.held.len() as u64) as usize;
+        self.held[at] = holds;
+        self.posted += 1;
+        (id, signalled)
     }
 
     /// Sees to it that the last request will be known to be done: where it was
@@ -148,11 +162,8 @@ impl SendQueue {
         if self.quiet == 0 || self.room() == 0 {
             return Ok(());
         }
-        let mut batch = Batch::new();
-        let work = Work::Write { address: 0, rkey: 0, immediate: None };
-        batch.push(work, Source::Nothing, Holds::default());
         self.quiet = SIGNAL_EVERY;
-        self.post(&mut batch)
+        self.post_one(Work::Write { address: 0, rkey: 0, immediate: None }, Source::Nothing, Holds::default())
     }
 
     /// Takes the completions there are and tells what was held and is free now.

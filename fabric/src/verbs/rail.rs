@@ -1,6 +1,7 @@
 //! A rail: one port of one device, with what all connections over it share.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 
 use super::Config;
@@ -18,6 +19,30 @@ use crate::{Access, Memory, PeerId, RegionId, Result};
 /// Requests of a connection's send queue.
 const SEND_DEPTH: u32 = 128;
 
+/// Things by numbers that we or our device gave them: no peer can choose them to
+/// collide, so they need no hash that withstands it.
+pub type ByNumber<T> = HashMap<u32, T, BuildHasherDefault<Spread>>;
+
+/// Spreads numbers over all bits.
+#[derive(Clone, Copy, Default)]
+pub struct Spread(u64);
+
+impl Hasher for Spread {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u32((*byte).into()));
+    }
+
+    #[inline]
+    fn write_u32(&mut self, number: u32) {
+        // 2^64 over the golden ratio.
+        self.0 = (self.0.rotate_left(5) ^ u64::from(number)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
+
 /// A port that is open.
 pub struct Rail {
     pub name: String,
@@ -33,9 +58,9 @@ pub struct Rail {
     /// Keys can be bound to one queue pair.
     pub windows: bool,
     /// Registrations of the transport's regions.
-    pub regions: HashMap<u32, Arc<Mr>>,
+    pub regions: ByNumber<Arc<Mr>>,
     /// The connections by their queue pairs' numbers.
-    pub peers: HashMap<u32, PeerId>,
+    pub peers: ByNumber<PeerId>,
     /// Nothing goes over it until the port is up again.
     pub down: bool,
     /// Nothing will ever go over it: the device has failed. It may work again
@@ -84,8 +109,8 @@ impl Rail {
             recv_cq,
             port,
             path,
-            regions: HashMap::new(),
-            peers: HashMap::new(),
+            regions: ByNumber::default(),
+            peers: ByNumber::default(),
             down: false,
             dead: false,
             taken: Vec::new(),

@@ -79,8 +79,12 @@ fn a_cut_link_is_lost_and_comes_back() {
     println!("lost {} ms after the cut", took.as_millis());
     // Seven times 67 ms, four times that at most.
     assert!(took < Duration::from_secs(10), "{took:?}");
-    assert_lost(&a.closed()[0].1, "retry counter exceeded");
-    assert_eq!(b.closed()[0].1, Error::PeerGone);
+    // Both had something under way, credits at least; one found out first, and
+    // the other may have heard of it before it did.
+    let reasons = [a.closed(), b.closed()].map(|closed| closed[0].1.clone());
+    let lost = |reason: &&Error| matches!(reason, Error::Lost(why) if why.contains("retry counter exceeded"));
+    assert!(reasons.iter().all(|reason| lost(&reason) || *reason == Error::PeerGone), "{reasons:?}");
+    assert!(reasons.iter().any(|reason| lost(&reason)), "{reasons:?}");
     drop(wire);
     works_anew(&mut a, &mut b);
 }
