@@ -33,7 +33,7 @@ impl Regions {
     }
 
     fn get(&self, id: RegionId) -> Result<&Region> {
-        self.slots.get(id.0 as usize).and_then(Option::as_ref).ok_or(Error::UnknownRegion(id))
+        self.slots.get(id.0 as usize).and_then(Option::as_ref).ok_or_else(|| Error::UnknownRegion(id))
     }
 
     pub fn key(&self, id: RegionId, maker: Maker) -> Result<RemoteKey> {

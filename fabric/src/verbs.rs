@@ -28,8 +28,10 @@
 
 mod connection;
 pub mod device;
+mod few;
 mod landing;
-mod link;
+#[doc(hidden)]
+pub mod link;
 mod objects;
 mod queue;
 mod rail;
@@ -59,6 +61,7 @@ use crate::stats::{Incidents, Stats};
 use crate::{Access, Address, Error, Event, MAX_SEND, Memory, PeerId, RegionId, RemoteKey, Result, Transport};
 use crate::{Waker, Write};
 use connection::{Connection, Phase, choose};
+use few::Few;
 use link::Link;
 use objects::Incident;
 use rail::Rail;
@@ -237,6 +240,12 @@ impl VerbsTransport {
         connection.sender(peer)?.queue.fail()
     }
 
+    /// The number of a connection's queue pair. For tests that break it.
+    #[doc(hidden)]
+    pub fn queue_pair(&mut self, peer: PeerId) -> Result<u32> {
+        Ok(self.peers.get_mut(peer)?.sender(peer)?.queue.number())
+    }
+
     fn add(&mut self, connection: Connection) -> Result<PeerId> {
         let peer = self.peers.insert(Box::new(connection))?;
         let socket = self.peers.get_mut(peer)?.link.socket();
@@ -297,23 +306,29 @@ impl VerbsTransport {
         let Some(rail) = self.rails.get_mut(at) else { return };
         let mut broken = Vec::new();
         let (port, name) = (rail.port(), rail.name.clone());
+        // A port that was down for a moment has lost its connections too.
+        let mut ended = None;
         objects::incidents(&rail.context, |incident| match incident {
-            Incident::QueuePair { number, by_peer } => broken.extend(rail.peers.get(&number).map(|p| (*p, by_peer))),
-            Incident::PortDown(number) if number == port => rail.down = true,
-            Incident::Device => rail.down = true,
+            Incident::QueuePair { number, by_peer } => {
+                broken.extend(rail.peers.get(&number).map(|peer| match by_peer {
+                    true => (*peer, Error::Protocol("a write that its key does not allow".into())),
+                    false => (*peer, Error::Lost(format!("{name}: the device ended the queue pair"))),
+                }))
+            }
+            Incident::PortDown(number) if number == port => {
+                (rail.down, ended) = (true, ended.or(Some("the port is down")))
+            }
+            Incident::Device => (rail.dead, ended) = (true, Some("the device has failed")),
             Incident::PortUp(number) if number == port => rail.down = false,
             Incident::PortDown(_) | Incident::PortUp(_) => {}
         });
-        if rail.down {
-            tracing::warn!(rail = name, "the port or the device is down; its connections are closed");
-            broken.extend(rail.peers.values().map(|p| (*p, false)));
+        if let Some(ended) = ended {
+            tracing::warn!(rail = name, "{ended}; its connections are closed");
+            broken.extend(rail.peers.values().map(|peer| (*peer, Error::Lost(format!("{name}: {ended}")))));
         }
-        for (peer, by_peer) in broken {
+        for (peer, reason) in broken {
             if let Ok(connection) = self.peers.get_mut(peer) {
-                connection.broken.get_or_insert(match by_peer {
-                    true => Error::Protocol("a write that its key does not allow".into()),
-                    false => Error::Lost(format!("{name}: the device ended the queue pair")),
-                });
+                connection.broken.get_or_insert(reason);
                 self.list(peer);
             }
         }
@@ -344,6 +359,7 @@ impl VerbsTransport {
             let Some((peer, connection)) = self.peers.at(slot) else { continue };
             match connection.phase {
                 Phase::Greeting { until } if until <= now => {
+                    self.incidents.stats.timeouts += 1;
                     let reason = match &connection.target {
                         Some(address) => Error::Unreachable(address.clone(), "no answer in time".into()),
                         None => Error::PeerGone,
@@ -364,8 +380,10 @@ impl VerbsTransport {
     }
 
     fn end(&mut self, peer: PeerId, connection: &mut Connection, reason: Error, sink: &mut dyn FnMut(Event<'_>)) {
-        if let Error::Protocol(cause) = &reason {
-            self.incidents.protocol("verbs", cause);
+        match &reason {
+            Error::Protocol(cause) => self.incidents.protocol("verbs", cause),
+            Error::Refused(refused) => self.incidents.refused("verbs", *refused),
+            _ => {}
         }
         if let Some(at) = self.half_open.iter().position(|p| *p == peer) {
             self.half_open.remove(at);
@@ -415,11 +433,12 @@ impl VerbsTransport {
     /// Takes completed receives of all rails.
     fn receive_all(&mut self, sink: &mut dyn FnMut(Event<'_>)) -> Result<()> {
         for at in 0..self.rails.len() {
-            let mut completions = [ibv_wc::default(); TAKE];
+            let mut completions = Few::<ibv_wc, TAKE>::new();
             let mut taken = 0;
             loop {
-                let got = self.rails[at].poll(&mut completions)?;
-                for completion in &completions[..got] {
+                self.rails[at].poll(&mut completions)?;
+                let got = completions.len();
+                for completion in completions.as_slice() {
                     self.receive(at, completion, sink);
                 }
                 taken += got;
@@ -604,7 +623,7 @@ impl Transport for VerbsTransport {
         }
         let to = resolve(address)?;
         let attempt = self.attempts.get(address).map_or(0, |(_, attempts)| *attempts);
-        let down = || Error::os("connecting", "every RDMA port is down");
+        let down = || Error::os("connecting", "every RDMA port is down or its device has failed");
         let rail = choose(&self.rails, attempt).ok_or_else(down)?;
         let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -654,7 +673,7 @@ impl Transport for VerbsTransport {
         key.check(write.remote_offset, write.len)?;
         self.regions.source(write.local, write.local_offset, write.len)?;
         let registered = self.rails[connection.rail].regions.get(&write.local.0);
-        let source = registered.ok_or(Error::UnknownRegion(write.local))?;
+        let source = registered.ok_or_else(|| Error::UnknownRegion(write.local))?;
         let to = Outgoing {
             offset: write.local_offset,
             len: write.len,

@@ -9,6 +9,8 @@ mod host;
 mod node;
 #[path = "strangers/sealed.rs"]
 mod sealed;
+#[path = "strangers/wire.rs"]
+mod wire;
 
 use std::io::Write;
 use std::net::Shutdown;

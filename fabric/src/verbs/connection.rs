@@ -26,6 +26,9 @@ use crate::{Address, Error, Event, PeerId, Result};
 /// How long the last posts of a peer that said bye may take.
 pub const LAST_POSTS: Duration = Duration::from_secs(2);
 
+/// What may have happened where the peer closed without a word.
+const CLOSED: &str = "closed during the handshake: has it another cluster key, or no RDMA port that is up?";
+
 /// How far a connection has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
@@ -126,7 +129,7 @@ impl Connection {
 
     /// The sending half, to post.
     pub fn sender(&mut self, peer: PeerId) -> Result<&mut Sender> {
-        self.sender.as_mut().ok_or(Error::UnknownPeer(peer))
+        self.sender.as_mut().ok_or_else(|| Error::UnknownPeer(peer))
     }
 
     /// Is there something to do even if nothing arrives?
@@ -242,12 +245,13 @@ impl Connection {
     /// connection was being made.
     pub fn gone(&self, reason: Error) -> Error {
         match (&self.target, self.phase) {
-            (Some(address), Phase::Greeting { .. }) if !matches!(reason, Error::Protocol(_) | Error::Os { .. }) => {
-                let why =
-                    if reason == Error::PeerGone { "closed during the handshake".into() } else { reason.to_string() };
+            (Some(address), Phase::Greeting { .. })
+                if !matches!(reason, Error::Protocol(_) | Error::Refused(_) | Error::Os { .. }) =>
+            {
                 match reason {
                     Error::Unreachable(..) => reason,
-                    _ => Error::Unreachable(address.clone(), why),
+                    Error::PeerGone => Error::Unreachable(address.clone(), CLOSED.into()),
+                    _ => Error::Unreachable(address.clone(), reason.to_string()),
                 }
             }
             _ => reason,
@@ -260,7 +264,7 @@ impl Connection {
         match message {
             Control::Offer { endpoint, attempt, hello } if greeting && !connecting && self.sender.is_none() => {
                 self.rail =
-                    choose(rails, attempt).ok_or_else(|| Error::os("accepting a peer", "every rail is down"))?;
+                    choose(rails, attempt).ok_or_else(|| Error::os("accepting a peer", "every RDMA port is down"))?;
                 let rail = &mut rails[self.rail];
                 let ours = self.make_queue(peer, rail)?;
                 if let Some(sender) = &mut self.sender {
@@ -359,7 +363,7 @@ fn out_of_turn() -> Error {
 /// The rail for a connection that was tried `attempt` times: the next one at
 /// each attempt, of those that work.
 pub fn choose(rails: &[Rail], attempt: u32) -> Option<usize> {
-    let up: Vec<usize> = (0..rails.len()).filter(|i| !rails[*i].down).collect();
+    let up: Vec<usize> = (0..rails.len()).filter(|i| !rails[*i].down && !rails[*i].dead).collect();
     (!up.is_empty()).then(|| up[attempt as usize % up.len()])
 }
 

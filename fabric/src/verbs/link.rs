@@ -189,5 +189,5 @@ fn send(socket: BorrowedFd<'_>, bytes: &[u8]) -> std::result::Result<usize, Errn
 
 /// What the session refused, as the transport counts it.
 fn refused(refused: Refused) -> Error {
-    Error::Protocol(refused.to_string())
+    Error::Refused(refused)
 }

@@ -5,11 +5,13 @@
 //! what it was made from.
 #![allow(unsafe_code)]
 
+use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::ptr;
 use std::sync::Arc;
 
 use super::device::{Context, Mr, Pd, check, mtu_number};
+use super::few::Few;
 use super::sys::*;
 use super::wire::Endpoint;
 use crate::{Error, Result};
@@ -95,13 +97,22 @@ impl Cq {
         Ok(Self { raw, channel: Arc::clone(channel) })
     }
 
-    /// Takes completions into `into`, without blocking; how many.
+    /// Takes completions in place of what is in `into`, without blocking.
     #[inline]
-    pub fn poll(&self, into: &mut [ibv_wc]) -> Result<usize> {
-        let room = into.len().min(i32::MAX as usize) as i32;
-        // SAFETY: the queue is alive and `into` has the room.
-        let got = unsafe { poll_cq(self.raw, room, into.as_mut_ptr()) };
-        usize::try_from(got).map_err(|_| Error::os("polling a completion queue", format!("error {got}")))
+    pub fn poll<const N: usize>(&self, into: &mut Few<ibv_wc, N>) -> Result<()> {
+        let mut got = 0;
+        // SAFETY: the queue is alive, the room is there, and the device fills as
+        // much of it as it says; an error is below 0.
+        unsafe {
+            into.refill(|first, room| {
+                got = poll_cq(self.raw, room.min(i32::MAX as usize) as i32, first);
+                usize::try_from(got).unwrap_or(0)
+            });
+        }
+        if got < 0 {
+            return Err(Error::os("polling a completion queue", format!("error {got}")));
+        }
+        Ok(())
     }
 
     /// The next completion makes the channel readable.
@@ -163,18 +174,16 @@ impl Srq {
     /// Posts receives. Their memory has to stay registered while the queue is.
     pub fn post(&self, receives: &[Receive]) -> Result<()> {
         for receives in receives.chunks(CHAIN) {
-            let mut runs = [ibv_sge::default(); CHAIN];
-            let empty = ibv_recv_wr { wr_id: 0, next: ptr::null_mut(), sg_list: ptr::null_mut(), num_sge: 1 };
-            let mut requests = [empty; CHAIN];
-            let run = runs.as_mut_ptr();
-            let first = requests.as_mut_ptr();
+            let mut runs = [const { MaybeUninit::<ibv_sge>::uninit() }; CHAIN];
+            let mut requests = [const { MaybeUninit::<ibv_recv_wr>::uninit() }; CHAIN];
+            let (run, first) = (runs.as_mut_ptr().cast::<ibv_sge>(), requests.as_mut_ptr().cast::<ibv_recv_wr>());
             for (i, receive) in receives.iter().enumerate() {
                 // SAFETY: `i` is below CHAIN, the length of both arrays, and
                 // neither is reached in another way until the call is over.
                 unsafe {
-                    *run.add(i) = ibv_sge { addr: receive.address, length: receive.len, lkey: receive.lkey };
+                    run.add(i).write(ibv_sge { addr: receive.address, length: receive.len, lkey: receive.lkey });
                     let next = if i + 1 < receives.len() { first.add(i + 1) } else { ptr::null_mut() };
-                    *first.add(i) = ibv_recv_wr { wr_id: receive.id, next, sg_list: run.add(i), num_sge: 1 };
+                    first.add(i).write(ibv_recv_wr { wr_id: receive.id, next, sg_list: run.add(i), num_sge: 1 });
                 }
             }
             let mut bad = ptr::null_mut();
@@ -471,9 +480,9 @@ impl Qp {
     #[inline]
     pub fn post(&self, requests: &[Request<'_>]) -> Result<()> {
         debug_assert!(requests.len() <= CHAIN);
-        let mut runs = [ibv_sge::default(); CHAIN];
-        let mut chain = [const { std::mem::MaybeUninit::<ibv_send_wr>::uninit() }; CHAIN];
-        let (run, first) = (runs.as_mut_ptr(), chain.as_mut_ptr().cast::<ibv_send_wr>());
+        let mut runs = [const { MaybeUninit::<ibv_sge>::uninit() }; CHAIN];
+        let mut chain = [const { MaybeUninit::<ibv_send_wr>::uninit() }; CHAIN];
+        let (run, first) = (runs.as_mut_ptr().cast::<ibv_sge>(), chain.as_mut_ptr().cast::<ibv_send_wr>());
         for (i, request) in requests.iter().take(CHAIN).enumerate() {
             let mut send_flags = if request.signalled { IBV_SEND_SIGNALED } else { 0 };
             let (sge, num_sge) = match request.source {
@@ -510,7 +519,7 @@ impl Qp {
             // SAFETY: `i` is below CHAIN, the length of both arrays, and
             // neither is reached in another way until the call is over.
             unsafe {
-                *run.add(i) = sge;
+                run.add(i).write(sge);
                 let next = if i + 1 < requests.len().min(CHAIN) { first.add(i + 1) } else { ptr::null_mut() };
                 first.add(i).write(ibv_send_wr {
                     wr_id: request.id,
@@ -583,7 +592,10 @@ pub fn incidents(context: &Context, mut tell: impl FnMut(Incident)) {
     unsafe {
         while (context.lib().ibv_get_async_event)(context.raw(), &mut event) == 0 {
             let incident = match event.event_type {
-                IBV_EVENT_QP_FATAL => Some(Incident::QueuePair { number: (*event.element.qp).qp_num, by_peer: false }),
+                // The second is all that is said of an idle queue pair that ended.
+                IBV_EVENT_QP_FATAL | IBV_EVENT_QP_LAST_WQE_REACHED => {
+                    Some(Incident::QueuePair { number: (*event.element.qp).qp_num, by_peer: false })
+                }
                 IBV_EVENT_QP_REQ_ERR | IBV_EVENT_QP_ACCESS_ERR => {
                     Some(Incident::QueuePair { number: (*event.element.qp).qp_num, by_peer: true })
                 }

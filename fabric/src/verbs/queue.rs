@@ -7,6 +7,7 @@
 
 use std::sync::Arc;
 
+use super::few::Few;
 use super::objects::{CHAIN, Channel, Cq, Path, Qp, Request, Source, Srq, Work};
 use super::sys::{IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_wc};
 use super::wire::Endpoint;
@@ -14,6 +15,9 @@ use crate::Result;
 
 /// At most so many requests follow each other without a completion.
 const SIGNAL_EVERY: u32 = 16;
+
+/// Completions taken with one call.
+const TAKE: usize = 16;
 
 /// What a request holds until it is done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -45,30 +49,26 @@ pub struct SendQueue {
 
 /// Several requests that are posted with one call.
 pub struct Batch<'a> {
-    requests: [Request<'a>; CHAIN],
-    holds: [Holds; CHAIN],
-    len: usize,
+    requests: Few<Request<'a>, CHAIN>,
+    holds: Few<Holds, CHAIN>,
 }
-
-const NONE: Request<'static> =
-    Request { id: 0, work: Work::Send { immediate: 0 }, source: Source::Nothing, signalled: false };
 
 impl<'a> Batch<'a> {
     /// Without requests.
     pub fn new() -> Self {
-        Self { requests: [NONE; CHAIN], holds: [Holds::default(); CHAIN], len: 0 }
+        Self { requests: Few::new(), holds: Few::new() }
     }
 
     /// Adds a request, of [`CHAIN`] at most.
     pub fn push(&mut self, work: Work<'a>, source: Source<'a>, holds: Holds) {
-        self.requests[self.len] = Request { id: 0, work, source, signalled: false };
-        self.holds[self.len] = holds;
-        self.len += 1;
+        let room = self.requests.push(Request { id: 0, work, source, signalled: false });
+        debug_assert!(room, "the caller knows how many");
+        self.holds.push(holds);
     }
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.len
+        self.requests.len()
     }
 }
 
@@ -125,21 +125,35 @@ impl SendQueue {
 
     /// Posts a batch with one call; it fits the [`room`](Self::room).
     pub fn post(&mut self, batch: &mut Batch<'_>) -> Result<()> {
-        debug_assert!(batch.len <= self.room());
-        let depth = self.held.len() as u64;
-        for (request, holds) in batch.requests.iter_mut().zip(&batch.holds).take(batch.len) {
-            self.quiet += 1;
-            // What somebody waits for is signalled, and every so often another,
-            // so that the queue's slots come back.
-            request.signalled = holds.write || holds.window.is_some() || self.quiet >= SIGNAL_EVERY;
-            if request.signalled {
-                self.quiet = 0;
-            }
-            request.id = self.posted;
-            self.held[(self.posted % depth) as usize] = *holds;
-            self.posted += 1;
+        debug_assert!(batch.len() <= self.room());
+        for (request, holds) in batch.requests.as_mut_slice().iter_mut().zip(batch.holds.as_slice()) {
+            (request.id, request.signalled) = self.hold(*holds);
         }
-        self.qp.post(&batch.requests[..batch.len])
+        self.qp.post(batch.requests.as_slice())
+    }
+
+    /// Posts one request; there is [`room`](Self::room) for it.
+    #[inline]
+    pub fn post_one(&mut self, work: Work<'_>, source: Source<'_>, holds: Holds) -> Result<()> {
+        debug_assert!(self.room() > 0);
+        let (id, signalled) = self.hold(holds);
+        self.qp.post(&[Request { id, work, source, signalled }])
+    }
+
+    /// The next request holds this: its number, and whether it is signalled.
+    fn hold(&mut self, holds: Holds) -> (u64, bool) {
+        self.quiet += 1;
+        // What somebody waits for is signalled, and every so often another,
+        // so that the queue's slots come back.
+        let signalled = holds.write || holds.window.is_some() || self.quiet >= SIGNAL_EVERY;
+        if signalled {
+            self.quiet = 0;
+        }
+        let id = self.posted;
+        let at = (id % self.held.len() as u64) as usize;
+        self.held[at] = holds;
+        self.posted += 1;
+        (id, signalled)
     }
 
     /// Sees to it that the last request will be known to be done: where it was
@@ -148,11 +162,8 @@ impl SendQueue {
         if self.quiet == 0 || self.room() == 0 {
             return Ok(());
         }
-        let mut batch = Batch::new();
-        let work = Work::Write { address: 0, rkey: 0, immediate: None };
-        batch.push(work, Source::Nothing, Holds::default());
         self.quiet = SIGNAL_EVERY;
-        self.post(&mut batch)
+        self.post_one(Work::Write { address: 0, rkey: 0, immediate: None }, Source::Nothing, Holds::default())
     }
 
     /// Takes the completions there are and tells what was held and is free now.
@@ -164,10 +175,10 @@ impl SendQueue {
         if let Some(failed) = self.failed {
             return Ok(Err(failed));
         }
-        let mut completions = [ibv_wc::default(); 16];
+        let mut completions = Few::<ibv_wc, TAKE>::new();
         loop {
-            let got = self.cq.poll(&mut completions)?;
-            for completion in &completions[..got] {
+            self.cq.poll(&mut completions)?;
+            for completion in completions.as_slice() {
                 if completion.status != IBV_WC_SUCCESS {
                     let failed = Failed(completion.status);
                     self.failed = Some(failed);
@@ -180,7 +191,7 @@ impl SendQueue {
                     self.done += 1;
                 }
             }
-            if got < completions.len() {
+            if completions.len() < TAKE {
                 return Ok(Ok(()));
             }
         }

@@ -1,10 +1,12 @@
 //! A rail: one port of one device, with what all connections over it share.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 
 use super::Config;
 use super::device::{self, Context, Link, Mr, MrAccess, Pd};
+use super::few::Few;
 use super::landing::writable;
 use super::objects::{CHAIN, Channel, Cq, Path, Srq};
 use super::queue::SendQueue;
@@ -16,6 +18,30 @@ use crate::{Access, Memory, PeerId, RegionId, Result};
 
 /// Requests of a connection's send queue.
 const SEND_DEPTH: u32 = 128;
+
+/// Things by numbers that we or our device gave them: no peer can choose them to
+/// collide, so they need no hash that withstands it.
+pub type ByNumber<T> = HashMap<u32, T, BuildHasherDefault<Spread>>;
+
+/// Spreads numbers over all bits.
+#[derive(Clone, Copy, Default)]
+pub struct Spread(u64);
+
+impl Hasher for Spread {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u32((*byte).into()));
+    }
+
+    #[inline]
+    fn write_u32(&mut self, number: u32) {
+        // 2^64 over the golden ratio.
+        self.0 = (self.0.rotate_left(5) ^ u64::from(number)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
 
 /// A port that is open.
 pub struct Rail {
@@ -32,11 +58,14 @@ pub struct Rail {
     /// Keys can be bound to one queue pair.
     pub windows: bool,
     /// Registrations of the transport's regions.
-    pub regions: HashMap<u32, Arc<Mr>>,
+    pub regions: ByNumber<Arc<Mr>>,
     /// The connections by their queue pairs' numbers.
-    pub peers: HashMap<u32, PeerId>,
-    /// Nothing goes over it: the port or the device has failed.
+    pub peers: ByNumber<PeerId>,
+    /// Nothing goes over it until the port is up again.
     pub down: bool,
+    /// Nothing will ever go over it: the device has failed. It may work again
+    /// for a transport that opens it anew.
+    pub dead: bool,
     /// Completed receives that were taken and are not handled yet.
     taken: Vec<ibv_wc>,
     incarnation: u64,
@@ -80,9 +109,10 @@ impl Rail {
             recv_cq,
             port,
             path,
-            regions: HashMap::new(),
-            peers: HashMap::new(),
+            regions: ByNumber::default(),
+            peers: ByNumber::default(),
             down: false,
+            dead: false,
             taken: Vec::new(),
             incarnation,
         })
@@ -154,27 +184,28 @@ impl Rail {
     /// Takes completed receives off the device, to be handed out by
     /// [`poll`](Self::poll); true if there are some.
     pub fn take_all(&mut self) -> Result<bool> {
-        let mut completions = [ibv_wc::default(); CHAIN];
+        let mut completions = Few::<ibv_wc, CHAIN>::new();
         loop {
-            let got = self.recv_cq.poll(&mut completions)?;
-            self.taken.extend_from_slice(&completions[..got]);
-            if got < CHAIN {
+            self.recv_cq.poll(&mut completions)?;
+            self.taken.extend_from_slice(completions.as_slice());
+            if completions.len() < CHAIN {
                 return Ok(!self.taken.is_empty());
             }
         }
     }
 
-    /// Hands out completed receives, oldest first.
+    /// Hands out completed receives, oldest first, in place of what is in `into`.
     #[inline]
-    pub fn poll(&mut self, into: &mut [ibv_wc]) -> Result<usize> {
+    pub fn poll<const N: usize>(&mut self, into: &mut Few<ibv_wc, N>) -> Result<()> {
         if self.taken.is_empty() {
             return self.recv_cq.poll(into);
         }
-        let got = into.len().min(self.taken.len());
-        for (to, from) in into.iter_mut().zip(self.taken.drain(..got)) {
-            *to = from;
+        *into = Few::new();
+        let got = N.min(self.taken.len());
+        for completion in self.taken.drain(..got) {
+            into.push(completion);
         }
-        Ok(got)
+        Ok(())
     }
 
     /// Were some taken and not handed out?

@@ -91,6 +91,10 @@ impl Receiver {
                 if !payload.is_empty() {
                     return Err(violation("credits with a payload"));
                 }
+                // Each is worth something, or there would be no end to them.
+                if (receives, slots) == (0, 0) {
+                    return Err(violation("credits that return nothing"));
+                }
                 sender.give_back(receives, slots).map_err(violation)
             }
             Said::Piece { rest } => {

@@ -259,6 +259,14 @@ impl Sender {
     }
 
     fn post_message(&mut self, payload: &[u8], mut at: usize) -> Result<Progress<usize>> {
+        let short = payload.len() <= self.queue.inline().min(self.buffer);
+        if at == 0 && short && self.credits > 0 && self.room() > 0 {
+            self.credits -= 1;
+            self.posts += 1;
+            let work = Work::Send { immediate: Said::Piece { rest: 0 }.encode() };
+            self.queue.post_one(work, Source::Inline(payload), Holds::default())?;
+            return Ok(Progress::Done);
+        }
         let mut whole = false;
         while !whole {
             let mut batch = Batch::new();
@@ -324,6 +332,11 @@ impl Sender {
         mut at: u64,
         (address, rkey): (u64, u32),
     ) -> Result<Progress<u64>> {
+        if write.len - at <= self.longest && self.room() > 0 && (write.notify.is_none() || self.credits > 0) {
+            let (immediate, source, holds) = self.piece(mr, write, at, write.len - at);
+            self.queue.post_one(Work::Write { address: address + at, rkey, immediate }, source, holds)?;
+            return Ok(Progress::Done);
+        }
         loop {
             let mut batch = Batch::new();
             let most = self.room().min(CHAIN);
@@ -331,24 +344,11 @@ impl Sender {
             while batch.len() < most && !whole {
                 let len = (write.len - at).min(self.longest);
                 whole = at + len == write.len;
-                let immediate = if whole { write.notify.map(|n| n.0) } else { None };
-                if immediate.is_some() {
-                    if self.credits == 0 {
-                        (whole, starved) = (false, true);
-                        break;
-                    }
-                    self.credits -= 1;
-                    self.posts += 1;
+                if whole && write.notify.is_some() && self.credits == 0 {
+                    (whole, starved) = (false, true);
+                    break;
                 }
-                let (offset, len32) = (write.offset + at, len as u32);
-                let inline = len <= self.queue.inline() as u64;
-                let source = match len {
-                    0 => Source::Nothing,
-                    _ if inline => Source::InlineFrom { mr, offset, len: len32 },
-                    _ => Source::Registered { mr, offset, len: len32 },
-                };
-                let holds = Holds { write: whole && !(inline && at == 0), ..Holds::default() };
-                self.flying_writes += usize::from(holds.write);
+                let (immediate, source, holds) = self.piece(mr, write, at, len);
                 batch.push(Work::Write { address: address + at, rkey, immediate }, source, holds);
                 at += len;
             }
@@ -362,6 +362,28 @@ impl Sender {
                 return Ok(Progress::At(at));
             }
         }
+    }
+
+    /// The part of a write that one request carries, and what it takes: a credit
+    /// if the last part notifies.
+    #[inline]
+    fn piece<'a>(&mut self, mr: &'a Mr, write: &Outgoing, at: u64, len: u64) -> (Option<u32>, Source<'a>, Holds) {
+        let whole = at + len == write.len;
+        let immediate = if whole { write.notify.map(|n| n.0) } else { None };
+        if immediate.is_some() {
+            self.credits -= 1;
+            self.posts += 1;
+        }
+        let (offset, len32) = (write.offset + at, len as u32);
+        let inline = len <= self.queue.inline() as u64;
+        let source = match len {
+            0 => Source::Nothing,
+            _ if inline => Source::InlineFrom { mr, offset, len: len32 },
+            _ => Source::Registered { mr, offset, len: len32 },
+        };
+        let holds = Holds { write: whole && !(inline && at == 0), ..Holds::default() };
+        self.flying_writes += usize::from(holds.write);
+        (immediate, source, holds)
     }
 
     /// Into slots of the landing zone, each told of by a SEND.
@@ -409,10 +431,8 @@ impl Sender {
         if self.queue.room() == 0 {
             return Ok(false);
         }
-        let mut batch = Batch::new();
         let work = Work::Send { immediate: Said::Credits { receives, slots }.encode() };
-        batch.push(work, Source::Nothing, Holds::default());
-        self.queue.post(&mut batch)?;
+        self.queue.post_one(work, Source::Nothing, Holds::default())?;
         self.posts += 1;
         Ok(true)
     }
@@ -422,10 +442,8 @@ impl Sender {
         if self.queue.room() == 0 {
             return Ok(false);
         }
-        let mut batch = Batch::new();
         let holds = Holds { window: Some(region), ..Holds::default() };
-        batch.push(Work::Bind(window), Source::Nothing, holds);
-        self.queue.post(&mut batch)?;
+        self.queue.post_one(Work::Bind(window), Source::Nothing, holds)?;
         Ok(true)
     }
 }

@@ -1,8 +1,7 @@
 //! Strangers at a sealed transport: without the key, with what they recorded,
 //! in the middle of the wire.
 
-use std::io::{ErrorKind, Read, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::io::{Read, Write as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -13,6 +12,7 @@ use distkv_fabric::{Access, Address, Error, Memory, PeerId, Stats, Transport, fr
 
 use crate::host::{Host, Member, hung_up};
 use crate::node::{Node, Seen};
+use crate::wire::Wire;
 
 fn secret() -> Secret {
     Secret::new([1; 32])
@@ -40,74 +40,6 @@ fn until(host: &mut Host, node: &mut Node, mut done: impl FnMut(&Host, &Node) ->
 /// What a node's connection ended with.
 fn ended(node: &Node) -> Option<Error> {
     node.closed().first().map(|(_, reason)| reason.clone())
-}
-
-/// Whoever sits in the middle of the wire: hands on what it hears, keeps it,
-/// and turns one bit of it.
-struct Wire {
-    listener: TcpListener,
-    to: Address,
-    ends: Option<[TcpStream; 2]>,
-    /// What each side has said, the one that connects first.
-    heard: [Vec<u8>; 2],
-    /// Turn the lowest bit of that byte of that side.
-    turn: Option<(usize, usize)>,
-    /// Bytes handed on in one go.
-    piece: usize,
-}
-
-impl Wire {
-    fn to(host: &Host) -> Self {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
-        listener.set_nonblocking(true).unwrap();
-        let to = host.transport.address();
-        Self { listener, to, ends: None, heard: [Vec::new(), Vec::new()], turn: None, piece: 1 << 16 }
-    }
-
-    fn address(&self) -> Address {
-        Address(format!("tcp://{}", self.listener.local_addr().unwrap()))
-    }
-
-    fn hand_on(&mut self) {
-        if self.ends.is_none() {
-            let Ok((near, _)) = self.listener.accept() else { return };
-            let far = TcpStream::connect(self.to.0.strip_prefix("tcp://").unwrap()).unwrap();
-            for end in [&near, &far] {
-                end.set_nonblocking(true).unwrap();
-                end.set_nodelay(true).unwrap();
-            }
-            self.ends = Some([near, far]);
-        }
-        let Some(ends) = &mut self.ends else { return };
-        for side in 0..2 {
-            let mut bytes = vec![0; self.piece];
-            let got = match ends[side].read(&mut bytes) {
-                Ok(0) => {
-                    let _ = ends[1 - side].shutdown(std::net::Shutdown::Both);
-                    continue;
-                }
-                Ok(got) => got,
-                Err(_) => continue,
-            };
-            let bytes = &mut bytes[..got];
-            let start = self.heard[side].len();
-            self.heard[side].extend_from_slice(bytes);
-            if let Some((turned, at)) = self.turn
-                && turned == side
-                && (start..start + got).contains(&at)
-            {
-                bytes[at - start] ^= 1;
-            }
-            let mut sent = 0;
-            while sent < got {
-                match ends[1 - side].write(&bytes[sent..]) {
-                    Ok(n) => sent += n,
-                    Err(e) if e.kind() == ErrorKind::WouldBlock => {}
-                    Err(_) => return,
-                }
-            }
-        }
-    }
 }
 
 /// A node and the host, joined over the wire.
@@ -147,7 +79,7 @@ fn a_foreign_protocol_is_turned_away_unanswered() {
 fn a_node_without_the_key_is_turned_away_unanswered() {
     let mut host = Host::new(sealed());
     let mut stranger = node(Security::Sealed(Secret::new([2; 32])));
-    let mut wire = Wire::to(&host);
+    let mut wire = Wire::to(&host.transport.address());
     let peer = stranger.transport.connect(&wire.address(), b"let me in").unwrap();
     until(&mut host, &mut stranger, |_, node| {
         wire.hand_on();
@@ -185,7 +117,7 @@ fn sealed_and_insecure_do_not_mix_and_say_so() {
 #[test]
 fn what_was_recorded_is_worth_nothing_again() {
     let mut host = Host::new(sealed());
-    let mut wire = Wire::to(&host);
+    let mut wire = Wire::to(&host.transport.address());
     let (mut node, peer) = joined(&mut host, &mut wire);
     node.transport.send(peer, b"once").unwrap();
     until(&mut host, &mut node, |host, _| {
@@ -220,7 +152,7 @@ fn a_tampered_record_closes_the_connection() {
     for at in [0, 3, 4, 19, 20, 25, MESSAGE - 1] {
         for side in 0..2 {
             let mut host = Host::new(sealed());
-            let mut wire = Wire::to(&host);
+            let mut wire = Wire::to(&host.transport.address());
             let (mut node, peer) = joined(&mut host, &mut wire);
             wire.turn = Some((side, wire.heard[side].len() + at));
             // A record that seems longer for the turned bit is completed.
@@ -254,7 +186,7 @@ fn a_tampered_write_does_not_land() {
     let landing = Memory::new(1 << 20).unwrap();
     let region = host.transport.register(&landing, Access::RemoteWrite).unwrap();
     let key = host.transport.remote_key(region).unwrap();
-    let mut wire = Wire::to(&host);
+    let mut wire = Wire::to(&host.transport.address());
     let (mut node, peer) = joined(&mut host, &mut wire);
     let source = Memory::new(1 << 20).unwrap();
     source.write(0, &[7; 1 << 20]).unwrap();
@@ -279,7 +211,7 @@ fn a_tampered_write_does_not_land() {
 #[test]
 fn a_sealed_connection_may_come_byte_by_byte() {
     let mut host = Host::new(sealed());
-    let mut wire = Wire::to(&host);
+    let mut wire = Wire::to(&host.transport.address());
     wire.piece = 1;
     let (mut node, peer) = joined(&mut host, &mut wire);
     for i in 0..3 {
