@@ -328,7 +328,12 @@ impl VerbsTransport {
         }
         for (peer, reason) in broken {
             if let Ok(connection) = self.peers.get_mut(peer) {
-                connection.broken.get_or_insert(reason);
+                // A request that failed tells more than the queue pair's end.
+                let failed = connection.move_posts(&self.rails[at]).err();
+                connection.broken.get_or_insert(match reason {
+                    Error::Lost(_) => failed.unwrap_or(reason),
+                    reason => reason,
+                });
                 self.list(peer);
             }
         }
@@ -419,7 +424,7 @@ impl VerbsTransport {
                 {
                     connection.broken = Some(reason);
                 }
-                Some(peer)
+                connection.needs_attention().then_some(peer)
             }
             // Of a connection that is no more.
             None => None,
@@ -427,6 +432,17 @@ impl VerbsTransport {
         rail.receives.give_back(completion.wr_id);
         if let Some(peer) = handled {
             self.list(peer);
+        }
+    }
+
+    /// What nobody waits for may have failed all the same.
+    fn list_busy(&mut self) {
+        for slot in 0..self.peers.slots() {
+            if let Some((peer, connection)) = self.peers.at(slot)
+                && connection.sender.as_ref().is_some_and(|sender| sender.queue.busy())
+            {
+                self.list(peer);
+            }
         }
     }
 
@@ -704,6 +720,7 @@ impl Transport for VerbsTransport {
             self.looked = Instant::now();
             self.see_ready(Duration::ZERO)?;
             self.expire(&mut sink);
+            self.list_busy();
             if !self.leaving.is_empty() {
                 self.see_off(self.looked);
             }

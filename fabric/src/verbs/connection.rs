@@ -134,8 +134,8 @@ impl Connection {
 
     /// Is there something to do even if nothing arrives?
     pub fn needs_attention(&self) -> bool {
-        let posts = self.sender.as_ref().is_some_and(|s| s.has_output() || s.queue.busy() || !s.asks.is_empty());
-        posts || self.ready || self.broken.is_some() || self.receiver.is_opening() || self.link.has_output()
+        let posts = self.sender.as_ref().is_some_and(Sender::needs_attention);
+        posts || self.receiver.has_due() || self.ready || self.broken.is_some() || self.receiver.is_opening() || self.link.has_output()
     }
 
     /// Would a poll move it along at once?

@@ -118,6 +118,11 @@ impl SendQueue {
         self.held.len() - (self.posted - self.done) as usize
     }
 
+    /// Was a request found to have failed?
+    pub fn has_failed(&self) -> bool {
+        self.failed.is_some()
+    }
+
     /// Is a request under way?
     pub fn busy(&self) -> bool {
         self.posted > self.done

@@ -166,9 +166,14 @@ impl Receiver {
         Ok(())
     }
 
+    /// Is what the peer may use again worth a message?
+    pub fn has_due(&self) -> bool {
+        self.due_receives >= RECEIVES_DUE || self.due_slots >= SLOTS_DUE
+    }
+
     /// Tells the peer what it may use again, if that is worth a message.
     pub fn return_credits(&mut self, sender: &mut Sender) -> Result<()> {
-        if self.due_receives < RECEIVES_DUE && self.due_slots < SLOTS_DUE {
+        if !self.has_due() {
             return Ok(());
         }
         if sender.return_credits(self.due_receives, self.due_slots)? {

@@ -254,8 +254,20 @@ impl Sender {
         Ok(())
     }
 
-    fn room(&self) -> usize {
+    /// Requests that may be posted. Completions that nobody waits for are taken
+    /// when their room is needed; a failure among them is told by the next
+    /// [`reap`](Self::reap).
+    fn room(&mut self) -> usize {
+        if self.queue.room() < KEPT + CHAIN || self.ring_used == RING {
+            let _ = self.reap();
+        }
         self.queue.room().saturating_sub(KEPT)
+    }
+
+    /// Is there something to post, or to be taken for somebody who waits?
+    pub fn needs_attention(&self) -> bool {
+        let waits = self.flying_writes > 0 || !self.asks.is_empty() || !self.bound.is_empty();
+        waits || self.has_output() || self.queue.has_failed()
     }
 
     fn post_message(&mut self, payload: &[u8], mut at: usize) -> Result<Progress<usize>> {
@@ -388,11 +400,11 @@ impl Sender {
 
     /// Into slots of the landing zone, each told of by a SEND.
     fn write_landing(&mut self, mr: &Mr, write: &Outgoing, mut at: u64) -> Result<Progress<u64>> {
-        let Some(zone) = &mut self.zone else { return Ok(Progress::At(at)) };
         loop {
-            if self.queue.room() < KEPT + 2 || self.credits == 0 || self.ring_used == RING {
+            if self.room() < 2 || self.credits == 0 || self.ring_used == RING {
                 return Ok(Progress::At(at));
             }
+            let Some(zone) = &mut self.zone else { return Ok(Progress::At(at)) };
             let Some(address) = zone.take() else { return Ok(Progress::At(at)) };
             let len = (write.len - at).min(u64::from(zone.slot)) as u32;
             let whole = at + u64::from(len) == write.len;
