@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use distkv_fabric::secure::{Kind, Purpose, Refused, Secret, Security, Session};
 use distkv_fabric::tcp::{TcpConfig, TcpTransport};
-use distkv_fabric::{Access, Address, Error, Memory, PeerId, Stats, Transport, frame};
+use distkv_fabric::{Access, Error, Memory, PeerId, Stats, Transport, frame};
 
 use crate::host::{Host, Member, hung_up};
 use crate::node::{Node, Seen};
