@@ -33,7 +33,10 @@ impl Regions {
     }
 
     fn get(&self, id: RegionId) -> Result<&Region> {
-        self.slots.get(id.0 as usize).and_then(Option::as_ref).ok_or_else(|| Error::UnknownRegion(id))
+        match self.slots.get(id.0 as usize) {
+            Some(Some(region)) => Ok(region),
+            _ => Err(Error::UnknownRegion(id)),
+        }
     }
 
     pub fn key(&self, id: RegionId, maker: Maker) -> Result<RemoteKey> {

@@ -688,8 +688,9 @@ impl Transport for VerbsTransport {
         let key = Key::decode(&write.remote.0, Maker::Verbs)?;
         key.check(write.remote_offset, write.len)?;
         self.regions.source(write.local, write.local_offset, write.len)?;
-        let registered = self.rails[connection.rail].regions.get(&write.local.0);
-        let source = registered.ok_or_else(|| Error::UnknownRegion(write.local))?;
+        let Some(source) = self.rails[connection.rail].regions.get(&write.local.0) else {
+            return Err(Error::UnknownRegion(write.local));
+        };
         let to = Outgoing {
             offset: write.local_offset,
             len: write.len,

@@ -129,7 +129,10 @@ impl Connection {
 
     /// The sending half, to post.
     pub fn sender(&mut self, peer: PeerId) -> Result<&mut Sender> {
-        self.sender.as_mut().ok_or_else(|| Error::UnknownPeer(peer))
+        match &mut self.sender {
+            Some(sender) => Ok(sender),
+            None => Err(Error::UnknownPeer(peer)),
+        }
     }
 
     /// Is there something to do even if nothing arrives?

@@ -75,7 +75,7 @@ impl Scene {
     }
 
     /// The hand has done it: it alone is closed, for that cause, and counted.
-    fn is_thrown_out(mut self, cause: &str) {
+    fn end_of_the_hand(mut self, cause: &str) {
         let (peer, errors) = (self.hand.peer, self.host.transport.stats().protocol_errors);
         drive([&mut self.host, &mut self.friend], |[host, _]| !host.closed().is_empty());
         for _ in 0..200 {
@@ -100,13 +100,16 @@ impl Scene {
     }
 }
 
+/// What the hand does.
+type Act = fn(&mut Scene);
+
 /// A scene, what the hand does in it, and what it is thrown out for.
-fn thrown_out(acts: &[(&str, fn(&mut Scene))]) {
+fn thrown_out(acts: &[(&str, Act)]) {
     let _devices = devices();
     for (cause, act) in acts {
         let mut scene = Scene::new();
         act(&mut scene);
-        scene.is_thrown_out(cause);
+        scene.end_of_the_hand(cause);
     }
 }
 
@@ -134,7 +137,7 @@ fn a_peer_by_hand_that_behaves_is_served() {
 }
 
 #[test]
-fn whoever_overdraws_its_credits_is_thrown_out() {
+fn whoever_overdraws_its_credits_end_of_the_hand() {
     thrown_out(&[("more posts than there were credits for", |scene| {
         // Within a message, so that the host has nothing to hand out.
         for rest in (100..133).rev() {
@@ -144,7 +147,7 @@ fn whoever_overdraws_its_credits_is_thrown_out() {
 }
 
 #[test]
-fn whoever_returns_what_it_has_not_is_thrown_out() {
+fn whoever_returns_what_it_has_not_end_of_the_hand() {
     thrown_out(&[
         ("receives returned that were not filled", |s| {
             s.hand.says_by_send(Said::Credits { receives: 1, slots: 0 }, b"");
@@ -158,7 +161,7 @@ fn whoever_returns_what_it_has_not_is_thrown_out() {
 }
 
 #[test]
-fn a_corrupt_immediate_is_thrown_out() {
+fn a_corrupt_immediate_end_of_the_hand() {
     thrown_out(&[
         ("an immediate that says nothing known", |s| s.hand.sends(3 << 30, b"")),
         ("an immediate that says nothing known", |s| s.hand.sends(u32::MAX, b"x")),
@@ -200,7 +203,7 @@ fn pieces_that_make_no_message_are_thrown_out() {
 }
 
 #[test]
-fn a_false_note_of_what_landed_is_thrown_out() {
+fn a_false_note_of_what_landed_end_of_the_hand() {
     const CLOSED: &str = "write to a region that is not, or no longer, open";
     const MALFORMED: &str = "a malformed note of what landed";
     const OUTSIDE: &str = "write to a range outside the region";
@@ -295,7 +298,7 @@ fn the_window_of_another_connection_opens_nothing() {
         owner.notifies(5);
         drive([&mut scene.host], |[host]| host.notified() == [5]);
         scene.host.seen.retain(|seen| !matches!(seen, crate::node::Seen::Notified(..)));
-        scene.is_thrown_out("a write that its key does not allow");
+        scene.end_of_the_hand("a write that its key does not allow");
         drop(owner);
     }
 }
