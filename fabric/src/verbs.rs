@@ -26,6 +26,7 @@
 //! control channel closes the connection; the owner connects again, and the
 //! next attempt goes over the next rail.
 
+mod config;
 mod connection;
 pub mod device;
 mod few;
@@ -44,22 +45,22 @@ pub mod wire;
 
 use std::collections::HashMap;
 use std::mem::MaybeUninit;
-use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 
-use crate::key::{Key, Maker, Token};
+use crate::key::{Key, Maker};
 use crate::peers::Peers;
 use crate::regions::Regions;
 use crate::secure::Secret;
 use crate::stats::{Incidents, Stats};
 use crate::{Access, Address, Error, Event, MAX_SEND, Memory, PeerId, RegionId, RemoteKey, Result, Transport};
 use crate::{Waker, Write};
+pub use config::Config;
+use config::SCHEME;
 use connection::{Connection, Phase, choose};
 use few::Few;
 use link::Link;
@@ -67,10 +68,7 @@ use objects::Incident;
 use rail::Rail;
 use receives::BUFFER;
 use sender::Outgoing;
-use sys::{IBV_WC_RECV, IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_SUCCESS, IBV_WC_WITH_IMM, Lib, ibv_wc};
-use wire::Said;
-
-const SCHEME: &str = "verbs://";
+use sys::{Lib, ibv_wc};
 
 /// Tokens of the readiness source that are no connection.
 const WAKER: u64 = u64::MAX;
@@ -95,35 +93,6 @@ const BUDGET: usize = 256;
 const LINGER: Duration = Duration::from_secs(2);
 /// As that, for all connections together, when the transport is dropped.
 const LAST_LINGER: Duration = Duration::from_millis(500);
-
-/// How a verbs transport uses devices and treats strangers.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// Which devices and ports, and how.
-    pub ports: device::VerbsConfig,
-    /// How long a connection may take to be made.
-    pub handshake_timeout: Duration,
-    /// How many accepted connections may be in their handshake; one more pushes
-    /// the oldest out.
-    pub max_half_open: usize,
-    /// Connections at once over one port. Each has 320 KiB of receives here.
-    pub peers: usize,
-    /// `host:port` told to others instead of the bound address, where that is
-    /// not how they reach us.
-    pub advertise: Option<String>,
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Self {
-            ports: device::VerbsConfig::default(),
-            handshake_timeout: Duration::from_secs(5),
-            max_half_open: 64,
-            peers: 256,
-            advertise: None,
-        }
-    }
-}
 
 /// A transport over RDMA devices.
 pub struct VerbsTransport {
@@ -159,29 +128,14 @@ impl VerbsTransport {
     /// Opens the devices that `config` names, or all that there are, and listens
     /// for control channels at `address`; port 0 takes any free one.
     pub fn bind(address: SocketAddr, secret: Secret, config: Config) -> Result<Self> {
-        let lib = Lib::get().map_err(|because| unavailable(because.into()))?;
+        let lib = Lib::get().map_err(|because| config::unavailable(because.into()))?;
         Self::over(lib, address, secret, config)
     }
 
     /// As [`bind`](Self::bind), with a libibverbs of the caller's.
     #[doc(hidden)]
     pub fn over(lib: &'static Lib, address: SocketAddr, secret: Secret, config: Config) -> Result<Self> {
-        config.ports.check()?;
-        let sysfs = Path::new(device::SYSFS);
-        let near = config.ports.near.place(sysfs).map_err(unavailable)?;
-        let survey = device::survey(lib, sysfs)?;
-        let chosen = device::rails(&survey.devices, &near, &config.ports);
-        let incarnation = Token::random()?.0.iter().fold(0, |n: u64, byte| n << 4 ^ u64::from(*byte));
-        let mut rails = Vec::new();
-        for port in chosen.chosen {
-            rails.push(Rail::open(lib, port, &config, incarnation)?);
-        }
-        if rails.is_empty() {
-            let passed = chosen.passed_over.iter().chain(&survey.failed);
-            let because: Vec<_> = passed.map(|(name, because)| format!("{name}: {because}")).collect();
-            let none = "there is no RDMA device".to_string();
-            return Err(unavailable(if because.is_empty() { none } else { because.join("; ") }));
-        }
+        let rails = config::open_rails(lib, &config)?;
         let os = |e| Error::os("listening for fabric peers", e);
         let listener = TcpListener::bind(address).map_err(os)?;
         listener.set_nonblocking(true).map_err(os)?;
@@ -420,7 +374,8 @@ impl VerbsTransport {
             Some((peer, connection)) => {
                 // After what broke it nothing of it is believed.
                 if connection.broken.is_none()
-                    && let Err(reason) = hear(peer, connection, completion, rail, &self.regions, &mut self.buffer, sink)
+                    && let Err(reason) =
+                        connection.receive(peer, completion, rail, &self.regions, &mut self.buffer, sink)
                 {
                     connection.broken = Some(reason);
                 }
@@ -544,55 +499,9 @@ impl Drop for VerbsTransport {
     }
 }
 
-/// Handles a completed receive; the error is why the connection has to be
-/// closed.
-fn hear(
-    peer: PeerId,
-    connection: &mut Connection,
-    completion: &ibv_wc,
-    rail: &Rail,
-    regions: &Regions,
-    buffer: &mut [u8; BUFFER],
-    sink: &mut dyn FnMut(Event<'_>),
-) -> Result<()> {
-    if completion.status != IBV_WC_SUCCESS {
-        let text = objects::status_text(&rail.context, completion.status);
-        return Err(Error::Lost(format!("{}: a receive failed: {text}", rail.name)));
-    }
-    if connection.heard_early()? {
-        sink(Event::Connected { peer });
-    }
-    let immediate = u32::from_be(completion.imm_data);
-    match completion.opcode {
-        IBV_WC_RECV_RDMA_WITH_IMM => connection.receiver.notified(peer, immediate, sink),
-        IBV_WC_RECV if completion.wc_flags & IBV_WC_WITH_IMM != 0 => {
-            let said = Said::decode(immediate).map_err(|what| Error::Protocol(what.into()))?;
-            let payload = rail.receives.read(completion.wr_id, completion.byte_len, buffer);
-            let payload = payload.ok_or_else(|| Error::Lost("the device filled a buffer that there is not".into()))?;
-            connection.hear_send(peer, said, payload, regions, sink)
-        }
-        _ => Err(Error::Protocol("a post that says nothing".into())),
-    }
-}
-
-fn unavailable(because: String) -> Error {
-    Error::Unavailable { transport: "verbs", because }
-}
-
 fn watch(epoll: &OwnedFd, fd: BorrowedFd<'_>, token: u64) -> Result<()> {
     epoll::add(epoll, fd, epoll::EventData::new_u64(token), epoll::EventFlags::IN)
         .map_err(|e| Error::os("watching a file", e))
-}
-
-fn resolve(address: &Address) -> Result<SocketAddr> {
-    let Some(name) = address.0.strip_prefix(SCHEME) else {
-        return Err(Error::BadAddress(address.clone(), "not verbs://host:port"));
-    };
-    let found = name.to_socket_addrs().map_err(|e| match e.kind() {
-        std::io::ErrorKind::InvalidInput => Error::BadAddress(address.clone(), "not verbs://host:port"),
-        _ => Error::Unreachable(address.clone(), e.to_string()),
-    });
-    found?.next().ok_or_else(|| Error::Unreachable(address.clone(), "the name has no address".into()))
 }
 
 impl Transport for VerbsTransport {
@@ -637,19 +546,11 @@ impl Transport for VerbsTransport {
         if hello.len() > MAX_SEND {
             return Err(Error::TooLong(hello.len()));
         }
-        let to = resolve(address)?;
+        let to = config::resolve(address)?;
         let attempt = self.attempts.get(address).map_or(0, |(_, attempts)| *attempts);
         let down = || Error::os("connecting", "every RDMA port is down or its device has failed");
         let rail = choose(&self.rails, attempt).ok_or_else(down)?;
-        let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)
-            .map_err(|e| Error::os("making a socket", e))?;
-        sockopt::set_tcp_nodelay(&socket, true).map_err(|e| Error::os("making a socket", e))?;
-        match rustix::net::connect(&socket, &to) {
-            Ok(()) | Err(rustix::io::Errno::INPROGRESS) => {}
-            Err(e) => return Err(Error::Unreachable(address.clone(), e.to_string())),
-        }
+        let socket = config::dial(address, to)?;
         let until = Instant::now() + self.config.handshake_timeout;
         let link = Link::connect(socket, address.clone(), &self.secret)?;
         let peer = self.add(Connection::new(link, Some(address.clone()), rail, until))?;

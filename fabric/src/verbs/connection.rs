@@ -16,8 +16,12 @@ use super::link::Link;
 use super::queue::{Failed, is_flush};
 use super::rail::Rail;
 use super::receiver::Receiver;
+use super::receives::BUFFER;
 use super::sender::Sender;
-use super::sys::{IBV_WC_REM_ACCESS_ERR, IBV_WC_RETRY_EXC_ERR};
+use super::sys::{
+    IBV_WC_RECV, IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_REM_ACCESS_ERR, IBV_WC_RETRY_EXC_ERR, IBV_WC_SUCCESS,
+    IBV_WC_WITH_IMM, ibv_wc,
+};
 use super::wire::{Control, Endpoint, Said};
 use crate::key::Token;
 use crate::regions::Regions;
@@ -138,7 +142,12 @@ impl Connection {
     /// Is there something to do even if nothing arrives?
     pub fn needs_attention(&self) -> bool {
         let posts = self.sender.as_ref().is_some_and(Sender::needs_attention);
-        posts || self.receiver.has_due() || self.ready || self.broken.is_some() || self.receiver.is_opening() || self.link.has_output()
+        posts
+            || self.receiver.has_due()
+            || self.ready
+            || self.broken.is_some()
+            || self.receiver.is_opening()
+            || self.link.has_output()
     }
 
     /// Would a poll move it along at once?
@@ -160,17 +169,37 @@ impl Connection {
         Ok(failed || sender.queue.room() != under_way)
     }
 
-    /// A SEND has arrived.
-    pub fn hear_send(
+    /// Handles a completed receive; the error is why the connection has to be
+    /// closed.
+    pub fn receive(
         &mut self,
         peer: PeerId,
-        said: Said,
-        payload: &[u8],
+        completion: &ibv_wc,
+        rail: &Rail,
         regions: &Regions,
+        buffer: &mut [u8; BUFFER],
         sink: &mut dyn FnMut(Event<'_>),
     ) -> Result<()> {
-        let sender = self.sender.as_mut().ok_or_else(out_of_turn)?;
-        self.receiver.said(peer, said, payload, (sender, regions, &self.hello), sink)
+        if completion.status != IBV_WC_SUCCESS {
+            let text = super::objects::status_text(&rail.context, completion.status);
+            return Err(Error::Lost(format!("{}: a receive failed: {text}", rail.name)));
+        }
+        if self.heard_early()? {
+            sink(Event::Connected { peer });
+        }
+        let immediate = u32::from_be(completion.imm_data);
+        match completion.opcode {
+            IBV_WC_RECV_RDMA_WITH_IMM => self.receiver.notified(peer, immediate, sink),
+            IBV_WC_RECV if completion.wc_flags & IBV_WC_WITH_IMM != 0 => {
+                let said = Said::decode(immediate).map_err(|what| Error::Protocol(what.into()))?;
+                let payload = rail.receives.read(completion.wr_id, completion.byte_len, buffer);
+                let absent = || Error::Lost("the device filled a buffer that there is not".into());
+                let sender = self.sender.as_mut().ok_or_else(out_of_turn)?;
+                let whose = (sender, regions, &self.hello[..]);
+                self.receiver.said(peer, said, payload.ok_or_else(absent)?, whose, sink)
+            }
+            _ => Err(Error::Protocol("a post that says nothing".into())),
+        }
     }
 
     /// Moves it along; the error is why it has to be closed.
