@@ -11,6 +11,11 @@ const UNSAFE: &[&str] = &[
     "fabric/src/shm/ring.rs",           // atomics in memory that two processes map
     "fabric/src/tcp/batch.rs",          // io_uring submissions point into registered regions
     "fabric/src/tcp/io.rs",             // sending from and receiving into registered regions
+    "fabric/src/verbs/device/open.rs",  // calls of libibverbs, freed in order
+    "fabric/src/verbs/sys.rs",          // libibverbs, opened at run time
+    "fabric/src/verbs/sys/types.rs",    // pointers to functions of libibverbs and its drivers
+    "fabric/tests/software_hca.rs",     // calls the software HCA as C programs do
+    "fabric/tests/software_hca/rig.rs", // as above
     "src/attention/mailbox.rs",         // slots as f32 while the peer does not write them
     "src/device/cpu/amx.rs",            // tile instructions; asking the kernel for them
     "src/device/cpu/attention.rs",      // threads write disjoint rows; instruction sets

@@ -6,11 +6,12 @@
 
 use std::time::{Duration, Instant};
 
+use distkv_fabric::secure::Security;
 use distkv_fabric::tcp::{TcpConfig, TcpTransport};
 use distkv_fabric::{Event, Transport};
 
 fn bind(io_uring: bool) -> TcpTransport {
-    let config = TcpConfig { io_uring, ..TcpConfig::default() };
+    let config = TcpConfig { io_uring, ..TcpConfig::new(Security::Insecure) };
     TcpTransport::bind(([127, 0, 0, 1], 0).into(), config).expect("cannot bind")
 }
 

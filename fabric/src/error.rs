@@ -53,9 +53,24 @@ pub enum Error {
     /// The peer closed the connection or its process ended.
     #[error("the peer closed the connection")]
     PeerGone,
+    /// The network or a device gave the connection up.
+    #[error("the connection was lost: {0}")]
+    Lost(String),
     /// The peer broke the protocol; the connection was closed by us.
     #[error("protocol violation by the peer: {0}")]
     Protocol(String),
+    /// A transport that this machine cannot offer.
+    #[error("{transport} cannot be used: {because}")]
+    Unavailable {
+        /// Its name.
+        transport: &'static str,
+        /// What is missing and, where known, how to come by it.
+        because: String,
+    },
+    /// The peer was refused in the handshake, or a record of it did not open;
+    /// the connection was closed by us.
+    #[error("the peer was refused: {0}")]
+    Refused(crate::secure::Refused),
     /// Our own operating system refused something.
     #[error("{what}: {errno}")]
     Os {

@@ -3,7 +3,7 @@
 //! | bytes | what |
 //! |---|---|
 //! | 0 | version, 1 |
-//! | 1 | transport: 1 loopback, 2 tcp, 3 shm |
+//! | 1 | transport: 1 loopback, 2 tcp, 3 shm, 4 verbs |
 //! | 2..6 | region, u32 little-endian |
 //! | 6..14 | region's size, u64 little-endian |
 //! | 14..30 | random token |
@@ -22,6 +22,7 @@ pub(crate) enum Maker {
     Loopback = 1,
     Tcp = 2,
     Shm = 3,
+    Verbs = 4,
 }
 
 /// 128 random bits: who has them was given them.

@@ -21,10 +21,12 @@ pub mod loopback;
 mod memory;
 mod peers;
 mod regions;
+pub mod secure;
 pub mod select;
 pub mod shm;
 mod stats;
 pub mod tcp;
+pub mod verbs;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -33,7 +33,10 @@ impl Regions {
     }
 
     fn get(&self, id: RegionId) -> Result<&Region> {
-        self.slots.get(id.0 as usize).and_then(Option::as_ref).ok_or(Error::UnknownRegion(id))
+        match self.slots.get(id.0 as usize) {
+            Some(Some(region)) => Ok(region),
+            _ => Err(Error::UnknownRegion(id)),
+        }
     }
 
     pub fn key(&self, id: RegionId, maker: Maker) -> Result<RemoteKey> {
@@ -58,6 +61,11 @@ impl Regions {
     /// error says what it did wrong.
     pub fn exported(&self, region: u32, token: &Token) -> Result<&Arc<Memory>> {
         self.exported_region(region, token).map(|r| &r.memory)
+    }
+
+    /// Is the region one whose guard is asked?
+    pub fn is_guarded(&self, region: u32) -> bool {
+        self.get(RegionId(region)).is_ok_and(|r| matches!(r.access, Access::Guarded(_)))
     }
 
     fn exported_region(&self, region: u32, token: &Token) -> Result<&Region> {

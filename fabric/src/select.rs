@@ -5,8 +5,11 @@ use std::os::unix::fs::MetadataExt;
 use std::str::FromStr;
 
 use crate::loopback::LoopbackTransport;
+use crate::secure::Security;
 use crate::shm::ShmTransport;
-use crate::tcp::TcpTransport;
+use crate::tcp::{TcpConfig, TcpTransport};
+use crate::verbs::device::VerbsConfig;
+use crate::verbs::{self, VerbsTransport};
 use crate::{Address, Error, Result, Transport};
 
 /// A kind of transport.
@@ -16,19 +19,38 @@ pub enum Kind {
     Loopback,
     /// Processes of one user on one host.
     Shm,
+    /// Hosts that an RDMA network joins.
+    Verbs,
     /// Any two hosts.
     Tcp,
 }
 
+/// What transports are made with.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// tcp's, and that of verbs' control channel. Nobody but this user reaches
+    /// the others.
+    pub security: Security,
+    /// Which RDMA devices are used, and how.
+    pub rdma: VerbsConfig,
+}
+
+impl From<Security> for Options {
+    fn from(security: Security) -> Self {
+        Self { security, rdma: VerbsConfig::default() }
+    }
+}
+
 impl Kind {
     /// Every kind there is.
-    pub const ALL: [Self; 3] = [Self::Loopback, Self::Shm, Self::Tcp];
+    pub const ALL: [Self; 4] = [Self::Loopback, Self::Shm, Self::Verbs, Self::Tcp];
 
     /// Its name, which is also the scheme of its addresses.
     pub fn name(self) -> &'static str {
         match self {
             Self::Loopback => "loopback",
             Self::Shm => "shm",
+            Self::Verbs => "verbs",
             Self::Tcp => "tcp",
         }
     }
@@ -37,16 +59,22 @@ impl Kind {
     pub fn of(address: &Address) -> Result<Self> {
         let scheme = address.0.split_once("://").map(|(scheme, _)| scheme);
         let kind = Self::ALL.into_iter().find(|kind| Some(kind.name()) == scheme);
-        kind.ok_or_else(|| Error::BadAddress(address.clone(), "it begins with none of loopback://, shm://, tcp://"))
+        kind.ok_or_else(|| {
+            Error::BadAddress(address.clone(), "it begins with none of loopback://, shm://, verbs://, tcp://")
+        })
     }
 
-    /// Makes a transport of this kind. `listen` is where tcp listens; the
-    /// others choose a place of their own.
-    pub fn bind(self, listen: SocketAddr) -> Result<Box<dyn Transport>> {
+    /// Makes a transport of this kind. `listen` is where tcp and verbs listen;
+    /// the others choose a place of their own.
+    pub fn bind(self, listen: SocketAddr, options: &Options) -> Result<Box<dyn Transport>> {
         Ok(match self {
             Self::Loopback => Box::new(LoopbackTransport::bind()),
             Self::Shm => Box::new(ShmTransport::bind(Default::default())?),
-            Self::Tcp => Box::new(TcpTransport::bind(listen, Default::default())?),
+            Self::Verbs => {
+                let config = verbs::Config { ports: options.rdma.clone(), ..Default::default() };
+                Box::new(VerbsTransport::bind(listen, options.security.secret(), config)?)
+            }
+            Self::Tcp => Box::new(TcpTransport::bind(listen, TcpConfig::new(options.security.clone()))?),
         })
     }
 }
@@ -56,7 +84,7 @@ impl FromStr for Kind {
 
     fn from_str(name: &str) -> std::result::Result<Self, String> {
         let kind = Self::ALL.into_iter().find(|kind| kind.name() == name);
-        kind.ok_or_else(|| format!("no transport is called {name}; there are loopback, shm, tcp"))
+        kind.ok_or_else(|| format!("no transport is called {name}; there are loopback, shm, verbs, tcp"))
     }
 }
 
@@ -88,9 +116,14 @@ mod tests {
     #[test]
     fn every_kind_knows_its_own_address() {
         for kind in Kind::ALL {
-            let transport = kind.bind(([127, 0, 0, 1], 0).into()).unwrap();
-            assert_eq!((transport.name(), Kind::of(&transport.address())), (kind.name(), Ok(kind)));
             assert_eq!(kind.name().parse(), Ok(kind));
+            match kind.bind(([127, 0, 0, 1], 0).into(), &Security::Insecure.into()) {
+                Ok(transport) => {
+                    assert_eq!((transport.name(), Kind::of(&transport.address())), (kind.name(), Ok(kind)));
+                }
+                // Where there is no RDMA.
+                Err(e) => assert!(matches!(e, Error::Unavailable { transport: "verbs", .. }), "{e}"),
+            }
         }
         assert!(Kind::of(&Address("localhost:80".into())).is_err());
     }

@@ -12,6 +12,11 @@
 //! believes nothing in a ring: entries are copied out, then checked. It cannot
 //! be asked before a write lands, so an [`Access::Guarded`] region is, here,
 //! open to every holder of its key.
+//!
+//! Nothing here is sealed under the cluster's secret, as tcp is: the kernel says
+//! who the peer is, no other user can open the socket, and a process of the same
+//! user could as well read the secret out of our memory. What seals records
+//! would have nothing to protect: the data lies in memory that both map.
 
 pub(crate) mod bell;
 mod connection;

@@ -1,88 +1,34 @@
 //! Who knocks at the tcp port and is no peer: garbage, foreign protocols, the
-//! slow, the many. Each loses its connection; the transport goes on.
+//! slow, the many; here at an insecure transport, in `sealed` at a sealed one.
+//! Each loses its connection; the transport goes on.
 
+#[path = "strangers/host.rs"]
+mod host;
 #[path = "suite/node.rs"]
 #[expect(dead_code, reason = "the suite uses the rest")]
 mod node;
+#[path = "strangers/sealed.rs"]
+mod sealed;
+#[path = "strangers/wire.rs"]
+mod wire;
 
-use std::io::{Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::io::Write;
+use std::net::Shutdown;
 use std::time::Duration;
 
-use distkv_fabric::tcp::{TcpConfig, TcpTransport, handshake};
-use distkv_fabric::{Error, Event, MAX_SEND, Memory, Stats, Transport, frame};
+use distkv_fabric::secure::Security;
+use distkv_fabric::tcp::{TcpConfig, handshake};
+use distkv_fabric::{Error, MAX_SEND, Memory, Stats, Transport, frame};
 
-/// A tcp transport and what became of its connections.
-struct Host {
-    transport: TcpTransport,
-    accepted: usize,
-    messages: usize,
-    closed: Vec<Error>,
-}
+use host::{Host, hung_up};
 
-impl Host {
-    fn new(config: TcpConfig) -> Self {
-        let transport = TcpTransport::bind(([127, 0, 0, 1], 0).into(), config).unwrap();
-        Self { transport, accepted: 0, messages: 0, closed: Vec::new() }
-    }
-
-    fn knock(&self) -> TcpStream {
-        let address = self.transport.address().0;
-        TcpStream::connect(address.strip_prefix("tcp://").unwrap()).unwrap()
-    }
-
-    fn poll(&mut self) {
-        let Self { transport, accepted, messages, closed } = self;
-        transport
-            .poll(&mut |event| match event {
-                Event::Accepted { .. } => *accepted += 1,
-                Event::Message { .. } => *messages += 1,
-                Event::Closed { reason, .. } => closed.push(reason),
-                other => panic!("{other:?}"),
-            })
-            .unwrap();
-    }
-
-    /// Polls, asleep in between, until the counts say so.
-    fn until(&mut self, done: impl Fn(&Self, Stats) -> bool) {
-        while !done(self, self.transport.stats()) {
-            self.poll();
-            self.transport.wait(Duration::from_millis(10)).unwrap();
-        }
-    }
-
-    /// It still serves a peer.
-    fn is_well(&mut self) {
-        let messages = self.messages;
-        let mut peer = self.knock();
-        peer.write_all(&handshake::greeting(b"me")).unwrap();
-        peer.write_all(&frame::message_header(2)).unwrap();
-        peer.write_all(b"hi").unwrap();
-        self.until(|host, _| host.messages == messages + 1);
-        let mut answer = [0; handshake::HEADER];
-        peer.read_exact(&mut answer).unwrap();
-        assert_eq!(answer[..], handshake::greeting(b"")[..]);
-        self.until_gone(peer);
-    }
-
-    /// `peer` hangs up; an accepted connection ends as closed.
-    fn until_gone(&mut self, peer: TcpStream) {
-        let closed = self.closed.len();
-        drop(peer);
-        self.until(|host, _| host.closed.len() == closed + 1);
-        assert_eq!(self.closed[closed], Error::PeerGone);
-    }
-}
-
-/// Reads to the end that the transport makes.
-fn hung_up(mut stream: TcpStream) {
-    // A reset is an end too: it has not read all that we sent.
-    let _ = stream.read_to_end(&mut Vec::new());
+fn plain() -> TcpConfig {
+    TcpConfig::new(Security::Insecure)
 }
 
 #[test]
 fn a_foreign_protocol_is_turned_away() {
-    let mut host = Host::new(TcpConfig::default());
+    let mut host = Host::new(plain());
     for (i, words) in
         [&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..], b"\x16\x03\x01\x02\0\x01", &[0; 4096], b"\xd1kvfab\n\n"]
             .into_iter()
@@ -99,7 +45,7 @@ fn a_foreign_protocol_is_turned_away() {
 
 #[test]
 fn a_greeting_of_another_version_or_length_is_turned_away() {
-    let mut host = Host::new(TcpConfig::default());
+    let mut host = Host::new(plain());
     let mut version = handshake::greeting(b"x");
     version[8] ^= 3;
     let mut length = handshake::greeting(b"x");
@@ -115,18 +61,18 @@ fn a_greeting_of_another_version_or_length_is_turned_away() {
 
 #[test]
 fn a_port_scanner_is_forgotten() {
-    let mut host = Host::new(TcpConfig::default());
+    let mut host = Host::new(plain());
     for _ in 0..20 {
         drop(host.knock());
     }
     host.until(|_, stats| stats.half_open_dropped == 20);
-    assert_eq!(host.transport.stats(), Stats { accepted: 20, protocol_errors: 0, half_open_dropped: 20 });
+    assert_eq!(host.transport.stats(), Stats { accepted: 20, half_open_dropped: 20, ..Stats::default() });
     host.is_well();
 }
 
 #[test]
 fn a_handshake_that_stops_halfway_has_bounded_time() {
-    let mut host = Host::new(TcpConfig { handshake_timeout: Duration::from_millis(20), ..Default::default() });
+    let mut host = Host::new(TcpConfig { handshake_timeout: Duration::from_millis(20), ..plain() });
     let mut slow = host.knock();
     slow.write_all(&handshake::greeting(b"a long hello")[..20]).unwrap();
     let silent = host.knock();
@@ -138,14 +84,13 @@ fn a_handshake_that_stops_halfway_has_bounded_time() {
     half.shutdown(Shutdown::Write).unwrap();
     host.until(|_, stats| stats.half_open_dropped == 3);
     assert_eq!(host.accepted, 0);
-    let mut host = Host { transport: Host::new(TcpConfig::default()).transport, ..host };
+    let mut host = Host { transport: Host::new(plain()).transport, ..host };
     host.is_well();
 }
 
 #[test]
 fn handshakes_are_bounded_in_number() {
-    let mut host =
-        Host::new(TcpConfig { max_half_open: 4, handshake_timeout: Duration::from_secs(1), ..Default::default() });
+    let mut host = Host::new(TcpConfig { max_half_open: 4, handshake_timeout: Duration::from_secs(1), ..plain() });
     let crowd: Vec<_> = (0..20).map(|_| host.knock()).collect();
     host.until(|_, stats| stats.half_open_dropped == 16);
     // The newcomer is served all the same.
@@ -158,7 +103,7 @@ fn handshakes_are_bounded_in_number() {
 /// What a peer with a proper handshake must not say.
 #[test]
 fn a_peer_that_breaks_the_protocol_loses_its_connection() {
-    let mut host = Host::new(TcpConfig::default());
+    let mut host = Host::new(plain());
     let memory = Memory::new(4096).unwrap();
     let local = host.transport.register(&memory, distkv_fabric::Access::LocalOnly).unwrap();
     let mut over = frame::message_header(1);
@@ -192,7 +137,7 @@ fn a_peer_that_breaks_the_protocol_loses_its_connection() {
 /// Whatever the cuts between them, bytes are read the same.
 #[test]
 fn frames_may_come_byte_by_byte() {
-    let mut host = Host::new(TcpConfig::default());
+    let mut host = Host::new(plain());
     let mut peer = host.knock();
     peer.set_nodelay(true).unwrap();
     let mut words = handshake::greeting(b"drip");

@@ -6,25 +6,36 @@ mod cases;
 mod death;
 #[path = "suite/node.rs"]
 mod node;
+#[path = "software_hca/place.rs"]
+mod place;
+#[path = "suite/rdma.rs"]
+mod rdma_devices;
+
+use distkv_fabric::secure::{Secret, Security};
+use distkv_fabric::tcp::{TcpConfig, TcpTransport};
 
 /// The cases as tests of one transport.
 macro_rules! suite {
-    ($transport:ident, $make:expr, [$($case:ident),* $(,)?]) => {
+    ($transport:ident, $make:expr, $attributes:tt, [$($case:ident),* $(,)?]) => {
         mod $transport {
             $(
+                suite!(@test $attributes $case $make);
+            )*
+        }
+    };
+    (@test [$(#[$attribute:meta])*] $case:ident $make:expr) => {
                 #[test]
+                $(#[$attribute])*
                 fn $case() {
                     crate::cases::$case($make);
                 }
-            )*
-        }
     };
 }
 
 /// The cases that every transport passes.
 macro_rules! suite_for {
-    ($transport:ident, $make:expr $(, $more:ident)* $(,)?) => {
-        suite!($transport, $make, [
+    ($transport:ident, $make:expr, $attributes:tt $(, $more:ident)* $(,)?) => {
+        suite!($transport, $make, $attributes, [
             hello_is_handed_over,
             nobody_at_the_address_ends_in_closed,
             posts_before_connected_are_queued,
@@ -56,15 +67,31 @@ fn make_loopback() -> Box<dyn distkv_fabric::Transport> {
     Box::new(distkv_fabric::loopback::LoopbackTransport::bind())
 }
 
-fn make_tcp() -> Box<dyn distkv_fabric::Transport> {
+fn tcp(security: Security) -> Box<dyn distkv_fabric::Transport> {
     let any = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
-    Box::new(distkv_fabric::tcp::TcpTransport::bind(any, Default::default()).unwrap())
+    Box::new(TcpTransport::bind(any, TcpConfig::new(security)).unwrap())
+}
+
+fn make_tcp() -> Box<dyn distkv_fabric::Transport> {
+    tcp(Security::Sealed(Secret::new([1; 32])))
+}
+
+fn make_tcp_insecure() -> Box<dyn distkv_fabric::Transport> {
+    tcp(Security::Insecure)
 }
 
 fn make_shm() -> Box<dyn distkv_fabric::Transport> {
     Box::new(distkv_fabric::shm::ShmTransport::bind(Default::default()).unwrap())
 }
 
-suite_for!(loopback, crate::make_loopback, the_guard_decides);
-suite_for!(tcp, crate::make_tcp, the_guard_decides);
-suite_for!(shm, crate::make_shm);
+suite_for!(loopback, crate::make_loopback, [], the_guard_decides);
+suite_for!(tcp, crate::make_tcp, [], the_guard_decides);
+suite_for!(tcp_insecure, crate::make_tcp_insecure, [], the_guard_decides);
+suite_for!(shm, crate::make_shm, []);
+suite_for!(verbs, crate::rdma_devices::make_verbs, [], the_guard_decides);
+suite_for!(
+    rdma,
+    crate::rdma_devices::make_rdma,
+    [#[ignore = "needs an RDMA device: scripts/softroce brings one"]],
+    the_guard_decides
+);

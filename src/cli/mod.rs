@@ -1,6 +1,7 @@
 //! The command line: one file a subcommand.
 
 pub mod bench;
+pub mod doctor;
 pub mod generate;
 pub mod model;
 pub mod options;
@@ -38,6 +39,8 @@ enum Command {
     Sim(Box<sim::Args>),
     /// Show the cluster as any node sees it.
     Status(status::Args),
+    /// Say what of this machine can be used, and why the rest cannot.
+    Doctor(doctor::Args),
 }
 
 /// Parses the arguments and runs. An error is one line on stderr that says what
@@ -56,6 +59,7 @@ pub fn main() -> ExitCode {
         Command::Generate(args) => generate::run(*args),
         Command::Sim(args) => sim::run(*args),
         Command::Status(args) => status::run(args),
+        Command::Doctor(args) => doctor::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

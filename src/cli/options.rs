@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
+use distkv_fabric::verbs::device::{Near, VerbsConfig};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::device::cpu::Math;
@@ -201,9 +202,19 @@ pub struct FabricOptions {
     /// Without one, whoever knows the cluster's name can join.
     #[arg(long, env = "DISTKV_CLUSTER_KEY_FILE")]
     pub cluster_key_file: Option<PathBuf>,
+    /// Leave the connections between nodes in the clear and open to whoever reaches the fabric's port:
+    /// trusted networks only. All nodes of a cluster have it or none.
+    #[arg(long, env = "DISTKV_INSECURE_FABRIC")]
+    pub insecure_fabric: bool,
     /// Transport between nodes.
     #[arg(long, env = "DISTKV_FABRIC", value_enum, default_value_t)]
     pub fabric: FabricChoice,
+    /// Start only where RDMA can be used.
+    #[arg(long, env = "DISTKV_REQUIRE_RDMA")]
+    pub require_rdma: bool,
+    #[command(flatten)]
+    /// RDMA ports.
+    pub rdma: RdmaOptions,
     /// Longest wait for a creditor's answer before it counts as lost, milliseconds.
     #[arg(long, env = "DISTKV_EXCHANGE_DEADLINE_MS", default_value_t = 5000)]
     pub exchange_deadline_ms: u64,
@@ -225,6 +236,9 @@ impl FabricOptions {
         Ok(NodeConfig {
             cluster: self.cluster.clone(),
             key,
+            insecure_fabric: self.insecure_fabric,
+            rdma: self.rdma.config()?,
+            require_rdma: self.require_rdma,
             rank: 0,
             join: Vec::new(),
             fabric_listen,
@@ -240,6 +254,67 @@ impl FabricOptions {
                 ..Tuning::default()
             },
         })
+    }
+}
+
+/// Which RDMA ports are used, and how.
+#[derive(Clone, Debug, clap::Args)]
+pub struct RdmaOptions {
+    /// RDMA devices to use, `mlx5_0` or `mlx5_0:1` for one port; any by default.
+    #[arg(long, env = "DISTKV_VERBS_DEVICES", value_delimiter = ',')]
+    pub verbs_devices: Vec<String>,
+    /// RDMA ports to use at most: a connection goes over one, and over the next when that has failed.
+    #[arg(long, env = "DISTKV_RAILS", default_value_t = 1)]
+    pub rails: usize,
+    /// Order RDMA ports by closeness to this: a PCI address (of a GPU, say) or `node:N`, a NUMA node.
+    #[arg(long, env = "DISTKV_NEAR", value_parser = near)]
+    pub near: Option<Near>,
+    /// Index of the GID to use, where the automatic choice (RoCE v2 over IPv4 first) is not right.
+    #[arg(long, env = "DISTKV_VERBS_GID_INDEX")]
+    pub verbs_gid_index: Option<u8>,
+    /// IP traffic class of RDMA packets; on RoCE its upper six bits are the DSCP.
+    #[arg(long, env = "DISTKV_VERBS_TRAFFIC_CLASS", default_value_t = 0)]
+    pub verbs_traffic_class: u8,
+    /// InfiniBand service level, 0 to 15.
+    #[arg(long, env = "DISTKV_VERBS_SERVICE_LEVEL", default_value_t = 0)]
+    pub verbs_service_level: u8,
+}
+
+impl Default for RdmaOptions {
+    fn default() -> Self {
+        Self {
+            verbs_devices: Vec::new(),
+            rails: 1,
+            near: None,
+            verbs_gid_index: None,
+            verbs_traffic_class: 0,
+            verbs_service_level: 0,
+        }
+    }
+}
+
+impl RdmaOptions {
+    /// As the fabric takes them.
+    pub fn config(&self) -> anyhow::Result<VerbsConfig> {
+        let config = VerbsConfig {
+            devices: self.verbs_devices.clone(),
+            max_rails: self.rails,
+            near: self.near.clone().unwrap_or_default(),
+            gid_index: self.verbs_gid_index,
+            traffic_class: self.verbs_traffic_class,
+            service_level: self.verbs_service_level,
+            ..VerbsConfig::default()
+        };
+        config.check()?;
+        Ok(config)
+    }
+}
+
+fn near(text: &str) -> Result<Near, String> {
+    match text.strip_prefix("node:") {
+        Some(node) => node.parse().map(Near::Node).map_err(|_| format!("{node} is no NUMA node's number")),
+        None if text.contains(':') => Ok(Near::Pci(text.to_string())),
+        None => Err("neither a PCI address (0000:17:00.0) nor node:N".into()),
     }
 }
 

@@ -7,12 +7,15 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use distkv_fabric::secure::Security;
+use distkv_fabric::select::Options;
 use distkv_fabric::tcp::{TcpConfig, TcpTransport};
+use distkv_fabric::verbs::device::VerbsConfig;
 use distkv_fabric::{Transport, Waker};
 
 use super::control_loop::{ClusterView, ControlLoop, NodeCommand, NodeLink};
 use super::datagrams::Datagrams;
-use super::transports::FabricChoice;
+use super::transports::{self, FabricChoice};
 use crate::attention::creditor::{Creditor, CreditorStats};
 use crate::attention::debtor::{Debtor, DebtorConfig};
 use crate::attention::exchange::ExchangeStats;
@@ -68,6 +71,13 @@ pub struct NodeConfig {
     /// The cluster's key: who has another is not heard. `None`: one derived from
     /// the cluster's name, which keeps nobody out who knows the name.
     pub key: Option<[u8; KEY_BYTES]>,
+    /// The fabric's connections are neither encrypted nor authenticated:
+    /// trusted networks only, and all nodes alike.
+    pub insecure_fabric: bool,
+    /// RDMA ports to use.
+    pub rdma: VerbsConfig,
+    /// Start only where RDMA can be used.
+    pub require_rdma: bool,
     /// Rank under a launcher.
     pub rank: u32,
     /// Control addresses (`tcp://ip:port`) to join at.
@@ -227,7 +237,7 @@ impl Node {
                 spin: config.tuning.spin,
             },
             pool.clone(),
-            config.fabric.open(config.fabric_listen.ip())?,
+            assembly.transports(&config)?,
             exchange.clone(),
         )?;
         let inbox = Engine::<CpuDevice>::inbox();
@@ -387,6 +397,8 @@ impl Node {
 /// What all kinds of node have in common while they are put together.
 struct Assembly {
     control: Box<dyn Transport>,
+    /// Of every transport of this node.
+    security: Security,
     gossip: UdpSocket,
     creditors: Vec<Box<dyn Transport>>,
     rmanager: RManager,
@@ -397,8 +409,12 @@ struct Assembly {
 
 impl Assembly {
     fn new(config: &NodeConfig, source: PoolSource, role: Role) -> Result<Self, NodeError> {
-        let (control, gossip) = listen(config.fabric_listen)?;
-        let creditors = config.fabric.open(config.fabric_listen.ip())?;
+        let cluster = derive("distkv cluster id v1", &config.cluster);
+        let key = config.key.unwrap_or_else(|| derive("distkv cluster key from its name v1", &config.cluster));
+        let security = transports::security(&key, &cluster, config.insecure_fabric);
+        let (control, gossip) = listen(config.fabric_listen, &security)?;
+        let options = Options { security: security.clone(), rdma: config.rdma.clone() };
+        let creditors = config.fabric.open(config.fabric_listen.ip(), &options, config.require_rdma)?;
         let (commands, inbox) = mpsc::channel();
         let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
         let profile = Profile {
@@ -411,8 +427,6 @@ impl Assembly {
             http: config.http.clone(),
             peers: config.peers.map(|address| address.to_string()),
         };
-        let cluster = derive("distkv cluster id v1", &config.cluster);
-        let key = config.key.unwrap_or_else(|| derive("distkv cluster key from its name v1", &config.cluster));
         let join = config.join.iter().map(|address| parse(address)).collect::<Result<_, _>>()?;
         let address = gossip.local_addr()?;
         let control_config = Config {
@@ -425,7 +439,14 @@ impl Assembly {
         };
         let link = NodeLink { commands, waker: control.waker() };
         let rmanager = RManager::new(source, config.lend, config.tuning.lease);
-        Ok(Self { control: Box::new(control), gossip, creditors, rmanager, config: control_config, link, inbox })
+        let (control, config) = (Box::new(control), control_config);
+        Ok(Self { control, security, gossip, creditors, rmanager, config, link, inbox })
+    }
+
+    /// The engine's transports: as the creditors' are.
+    fn transports(&self, config: &NodeConfig) -> Result<Vec<Box<dyn Transport>>, NodeError> {
+        let options = Options { security: self.security.clone(), rdma: config.rdma.clone() };
+        Ok(config.fabric.open(config.fabric_listen.ip(), &options, config.require_rdma)?)
     }
 
     fn finish(
@@ -550,11 +571,11 @@ fn parse(address: &str) -> Result<SocketAddr, NodeError> {
 /// The control plane's listener, and the socket of its datagrams at the same
 /// address and port. Where any port will do, one is looked for that is free for
 /// both.
-fn listen(address: SocketAddr) -> Result<(TcpTransport, UdpSocket), NodeError> {
+fn listen(address: SocketAddr, security: &Security) -> Result<(TcpTransport, UdpSocket), NodeError> {
     let mut tries = if address.port() == 0 { 16 } else { 1 };
     loop {
         tries -= 1;
-        let control = TcpTransport::bind(address, TcpConfig::default())?;
+        let control = TcpTransport::bind(address, TcpConfig::new(security.clone()))?;
         let told = parse(&control.address().0)?;
         match UdpSocket::bind(told) {
             Ok(gossip) => return Ok((control, gossip)),

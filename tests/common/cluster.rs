@@ -94,6 +94,9 @@ impl Setup {
         let config = NodeConfig {
             cluster: format!("test-{}", rand_name()),
             key: None,
+            insecure_fabric: false,
+            rdma: Default::default(),
+            require_rdma: false,
             rank: 0,
             join: Vec::new(),
             fabric_listen: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),

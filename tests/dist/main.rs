@@ -3,6 +3,8 @@
 #[path = "../common/cluster.rs"]
 mod cluster;
 mod moves;
+#[path = "../../fabric/tests/software_hca/place.rs"]
+mod place;
 mod recovery;
 
 use cluster::{Cluster, Logits, Setup, model, outcome, prompt, tokens, until};
@@ -55,6 +57,27 @@ fn same_as_one_node(fabric: FabricChoice, dtype: KvDtype, nodes: &[usize], promp
 }
 
 const FOUR_NODES: [usize; 4] = [2048; 4];
+
+/// RDMA in this process: no other test of it may have looked for libibverbs
+/// before (each test is a process of its own where nextest runs them).
+#[allow(unsafe_code)]
+fn with_software_hca() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    // SAFETY: called once, before this test starts a thread.
+    ONCE.call_once(|| unsafe { std::env::set_var("DISTKV_LIBIBVERBS", place::path()) });
+}
+
+#[test]
+fn a_prompt_over_four_nodes_over_verbs_bf16() {
+    with_software_hca();
+    same_as_one_node(FabricChoice::Verbs, KvDtype::Bf16, &FOUR_NODES, 6_100, 2e-2);
+}
+
+#[test]
+fn a_prompt_over_four_nodes_over_verbs_f32() {
+    with_software_hca();
+    same_as_one_node(FabricChoice::Verbs, KvDtype::F32, &FOUR_NODES, 6_100, 1e-4);
+}
 
 #[test]
 fn a_prompt_over_four_nodes_over_shm_bf16() {

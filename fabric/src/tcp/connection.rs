@@ -4,17 +4,24 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
-use super::handshake;
+use super::greeter::Greeter;
+use super::inbox::Inbox;
 use super::io::receive;
 use super::outbox::{Outbox, Outgoing};
-use crate::frame::{self, Frame, WriteFrame};
+use super::sealing::lead;
+use crate::frame::{self, WriteFrame};
 use crate::regions::Regions;
-use crate::{Address, Error, Event, Notify, PeerId, QUEUE_LIMIT, Result, Write};
+use crate::secure::{Kind, Opener, Refused};
+use crate::{Address, Error, Event, PeerId, QUEUE_LIMIT, Result, Write};
 
 /// Bytes received in one call besides those that go straight to a region. Long
 /// enough for many small frames, short enough that the start of a long write
 /// that lands in it costs little to move.
 const BUFFER: usize = 16 << 10;
+
+/// Where records come that are longer than that: room for some of them, since
+/// the start of the last has to be moved.
+const LONG_BUFFER: usize = 256 << 10;
 
 /// Most bytes taken from one connection in one poll, so that it does not keep
 /// the others waiting.
@@ -36,18 +43,21 @@ pub(super) struct Connection {
     pub target: Option<Address>,
     /// The outbox's state that the readiness source was told of.
     pub told_writable: bool,
-    hello: Vec<u8>,
-    reader: handshake::Reader,
+    greeter: Greeter,
     /// Bytes of our greeting that the socket has not taken.
     greeting: Vec<u8>,
     pub outbox: Outbox,
     /// Why nothing more can be sent; the receiving side has the last word.
     broken: Option<Error>,
-    buffer: Box<[u8]>,
+    buffer: Vec<u8>,
     /// Received and not consumed: `buffer[start..end]`.
     start: usize,
     end: usize,
-    body: Body,
+    /// Where it begins after it was moved.
+    lead: usize,
+    /// Opens what is received, on a sealed connection.
+    opener: Option<Opener>,
+    inbox: Inbox,
     /// The socket may hold something: it said so, or was not emptied.
     pub ready: bool,
     /// The socket has told of its end: it is ready until that is read.
@@ -59,32 +69,25 @@ pub(super) struct Connection {
     pub received: Option<io::Result<usize>>,
 }
 
-/// The payload that is being received.
-enum Body {
-    None,
-    Message { len: usize, got: Vec<u8> },
-    Write { region: u32, at: u64, left: u64, notify: Option<Notify> },
-}
-
 impl Connection {
-    /// A connection of which nothing is exchanged yet. `target` and a `hello`
-    /// if it is we who connect.
-    pub fn new(socket: OwnedFd, target: Option<Address>, hello: &[u8], until: Instant) -> Self {
-        let greeting = if target.is_some() { handshake::greeting(hello) } else { Vec::new() };
+    /// A connection of which nothing is exchanged yet; `greeting` is to be sent
+    /// first. A `target` if it is we who connect.
+    pub fn new(socket: OwnedFd, target: Option<Address>, greeter: Greeter, greeting: Vec<u8>, until: Instant) -> Self {
         Self {
             socket,
             phase: Phase::Greeting { until },
             target,
             told_writable: false,
-            hello: Vec::new(),
-            reader: handshake::Reader::default(),
+            greeter,
             greeting,
             outbox: Outbox::default(),
             broken: None,
-            buffer: vec![0; BUFFER].into(),
+            buffer: vec![0; BUFFER],
             start: 0,
             end: 0,
-            body: Body::None,
+            lead: 0,
+            opener: None,
+            inbox: Inbox::default(),
             ready: false,
             ending: false,
             listed: true,
@@ -206,9 +209,15 @@ impl Connection {
     }
 
     /// Can the next receive be done for it, into [`window`](Self::window)? Not
-    /// in the midst of a write, whose bytes go straight to their region.
+    /// in the midst of a write whose bytes go straight to their region.
     pub fn takes_batch(&self) -> bool {
-        !matches!(self.body, Body::Write { .. })
+        self.straight().is_none()
+    }
+
+    /// Where the next bytes are to land without a stop in the buffer: never
+    /// those of a record, which have to be opened first.
+    fn straight(&self) -> Option<(u32, u64, u64)> {
+        if self.opener.is_some() { None } else { self.inbox.target() }
     }
 
     /// The socket, and the free part of the buffer.
@@ -217,10 +226,10 @@ impl Connection {
         (self.socket.as_fd(), &mut self.buffer[self.end..])
     }
 
-    /// At most an incomplete header is left over.
+    /// At most an incomplete header is left over, or an incomplete record.
     fn compact(&mut self) {
-        self.buffer.copy_within(self.start..self.end, 0);
-        (self.start, self.end) = (0, self.end - self.start);
+        self.buffer.copy_within(self.start..self.end, self.lead);
+        (self.start, self.end) = (self.lead, self.lead + self.end - self.start);
     }
 
     /// Takes in what has arrived. Events go to `sink`; the error is why the
@@ -231,8 +240,8 @@ impl Connection {
         loop {
             // What is received for a region beyond this call's buffer goes
             // straight there.
-            let target = match self.body {
-                Body::Write { region, at, left, .. } if self.start == self.end => {
+            let target = match self.straight() {
+                Some((region, at, left)) if self.start == self.end => {
                     let len = left.min(BUDGET as u64) as usize;
                     Some((regions.still(region)?, at as usize, len))
                 }
@@ -247,7 +256,7 @@ impl Connection {
                 None => receive(self.socket.as_fd(), memory, &mut self.buffer[self.end..]),
             };
             let got = match received {
-                Ok(0) => return Err(self.gone(&"the connection was closed during the handshake")),
+                Ok(0) => return Err(self.gone(&self.greeter.cut_off())),
                 Ok(got) => got,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     self.ready = false;
@@ -256,9 +265,8 @@ impl Connection {
                 Err(e) => return Err(self.broken.take().unwrap_or_else(|| self.gone(&e))),
             };
             self.end += got - got.min(straight);
-            if let Body::Write { at, left, .. } = &mut self.body {
-                *at += got.min(straight) as u64;
-                *left -= got.min(straight) as u64;
+            if straight > 0 {
+                self.inbox.landed(got.min(straight));
             }
             self.consume(peer, regions, sink)?;
             budget = budget.saturating_sub(got);
@@ -276,80 +284,55 @@ impl Connection {
         if let Phase::Greeting { .. } = self.phase {
             self.greet(peer, sink)?;
         }
-        while self.phase == Phase::Open {
-            let bytes = &self.buffer[self.start..self.end];
-            match &mut self.body {
-                Body::None => match frame::decode(bytes) {
-                    Ok(None) => return Ok(()),
-                    Ok(Some((frame, header))) => {
-                        self.start += header;
-                        self.body = self.open_body(frame, regions)?;
-                    }
-                    Err(what) => return Err(Error::Protocol(what.into())),
-                },
-                Body::Message { len, got } => {
-                    let n = bytes.len().min(*len - got.len());
-                    let whole = got.is_empty() && n == *len;
-                    if whole {
-                        sink(Event::Message { peer, payload: &bytes[..n] });
-                    } else {
-                        got.extend(&bytes[..n]);
-                        if got.len() == *len {
-                            sink(Event::Message { peer, payload: got });
-                        }
-                    }
-                    self.start += n;
-                    if !whole && got.len() < *len {
-                        return Ok(());
-                    }
-                    self.body = Body::None;
-                }
-                Body::Write { region, at, left, notify } => {
-                    let n = (bytes.len() as u64).min(*left);
-                    regions.still(*region)?.write(*at as usize, &bytes[..n as usize])?;
-                    self.start += n as usize;
-                    *at += n;
-                    *left -= n;
-                    if *left > 0 {
-                        return Ok(());
-                    }
-                    if let Some(notify) = *notify {
-                        sink(Event::Notified { peer, notify });
-                    }
-                    self.body = Body::None;
-                }
+        if self.phase != Phase::Open {
+            return Ok(());
+        }
+        let Some(opener) = &mut self.opener else {
+            self.start += self.inbox.take(peer, regions, &self.buffer[self.start..self.end], sink)?;
+            return Ok(());
+        };
+        loop {
+            let record = &mut self.buffer[self.start..self.end];
+            let Some(opened) = opener.open(record).map_err(Error::Refused)? else { break };
+            if opened.kind != Kind::Data {
+                return Err(Error::Refused(Refused::Protocol("a greeting among the data")));
             }
+            let content = &record[opened.content];
+            if self.inbox.take(peer, regions, content, sink)? < content.len() {
+                return Err(Error::Refused(Refused::Protocol("a header cut by its record")));
+            }
+            self.start += opened.taken;
+        }
+        let wanted = opener.length(&self.buffer[self.start..self.end]).map_err(Error::Refused)?;
+        if wanted.is_some_and(|wanted| self.lead + wanted > self.buffer.len()) {
+            self.buffer.resize(LONG_BUFFER, 0);
+            self.lead = lead(&self.buffer);
         }
         Ok(())
     }
 
-    /// What follows a header, if the header may stand.
-    fn open_body(&self, frame: Frame, regions: &Regions) -> Result<Body> {
-        match frame {
-            Frame::Message { len } => Ok(Body::Message { len, got: Vec::new() }),
-            Frame::Write(write) => {
-                regions.target(write.region, &write.token, write.offset, write.len, &self.hello)?;
-                Ok(Body::Write { region: write.region, at: write.offset, left: write.len, notify: write.notify })
-            }
-        }
-    }
-
     fn greet(&mut self, peer: PeerId, sink: &mut dyn FnMut(Event<'_>)) -> Result<()> {
-        let fed = self.reader.feed(&self.buffer[self.start..self.end]);
-        let (taken, hello) = fed.map_err(|what| Error::Protocol(what.into()))?;
-        self.start += taken;
-        let Some(hello) = hello else { return Ok(()) };
-        self.phase = Phase::Open;
-        self.reader = handshake::Reader::default();
-        if self.target.is_some() {
-            if !hello.is_empty() {
-                return Err(Error::Protocol("an answer with a hello".into()));
+        let fed = self.greeter.feed(&self.buffer[self.start..self.end], &mut self.greeting);
+        let (taken, greeted) = match fed {
+            Ok(fed) => fed,
+            Err(refused) => {
+                self.flush();
+                return Err(Error::Refused(refused));
             }
-            sink(Event::Connected { peer });
-        } else {
-            self.greeting = handshake::greeting(&[]);
-            sink(Event::Accepted { peer, hello: &hello });
-            self.hello = hello;
+        };
+        self.start += taken;
+        if let Some(greeted) = greeted {
+            self.phase = Phase::Open;
+            if let Some((sealer, opener)) = greeted.keys {
+                self.outbox.seal_with(sealer);
+                self.opener = Some(opener);
+            }
+            if self.target.is_some() {
+                sink(Event::Connected { peer });
+            } else {
+                sink(Event::Accepted { peer, hello: &greeted.hello });
+                self.inbox.hello = greeted.hello;
+            }
         }
         self.flush();
         Ok(())

@@ -1,4 +1,5 @@
-//! The handshake: what each side says before the first frame.
+//! The plain greeting: what each side of an insecure transport says before the
+//! first frame. The sealed one is in [`secure`](crate::secure).
 //!
 //! The side that connects sends a greeting with its hello, the side that
 //! accepts answers with an empty one. Nothing else is exchanged until both have
@@ -8,14 +9,13 @@
 //! |---|---|
 //! | 0..8 | `d1 6b 76 66 61 62 0d 0a`: no text protocol begins so |
 //! | 8..10 | version, u16 little-endian |
-//! | 10..12 | 0 |
+//! | 10 | 0: plain |
+//! | 11 | 0 |
 //! | 12..16 | length of the hello, u32 little-endian |
 //! | 16.. | the hello |
 
 use crate::MAX_SEND;
-
-const MAGIC: [u8; 8] = [0xd1, b'k', b'v', b'f', b'a', b'b', b'\r', b'\n'];
-const VERSION: u16 = 1;
+use crate::secure::{MAGIC, Refused, SEALED, VERSION};
 
 /// Bytes before the hello.
 pub const HEADER: usize = 16;
@@ -41,23 +41,27 @@ impl Reader {
     /// Takes from the front of `bytes` what belongs to the greeting. Returns
     /// how many bytes that were, and the hello once the greeting is complete.
     /// The error names what is wrong, as soon as one byte shows it.
-    pub fn feed(&mut self, bytes: &[u8]) -> Result<(usize, Option<Vec<u8>>), &'static str> {
+    pub fn feed(&mut self, bytes: &[u8]) -> Result<(usize, Option<Vec<u8>>), Refused> {
         let head = HEADER.saturating_sub(self.got.len()).min(bytes.len());
         self.got.extend(&bytes[..head]);
         let known = self.got.len().min(MAGIC.len());
         if self.got[..known] != MAGIC[..known] {
-            return Err("not the DistKV fabric protocol");
+            return Err(Refused::Foreign);
+        }
+        // Told at once: a sealed peer waits for an answer with its first 60 bytes.
+        if self.got.get(10) == Some(&SEALED) && self.got[8..10] == VERSION.to_le_bytes() {
+            return Err(Refused::Sealed);
         }
         let Some(header) = self.got.get(..HEADER) else { return Ok((head, None)) };
         if header[8..10] != VERSION.to_le_bytes() {
-            return Err("another version of the fabric protocol");
+            return Err(Refused::Version);
         }
         if header[10..12] != [0, 0] {
-            return Err("reserved bytes of the greeting are set");
+            return Err(Refused::Protocol("reserved bytes of the greeting are set"));
         }
         let hello = u32::from_le_bytes([header[12], header[13], header[14], header[15]]) as usize;
         if hello > MAX_SEND {
-            return Err("a hello over the limit");
+            return Err(Refused::Protocol("a hello over the limit"));
         }
         let body = (HEADER + hello - self.got.len()).min(bytes.len() - head);
         self.got.extend(&bytes[head..head + body]);
@@ -104,6 +108,13 @@ mod tests {
 
     #[test]
     fn a_foreign_protocol_is_refused_at_its_first_byte() {
-        assert_eq!(Reader::default().feed(b"G").err(), Some("not the DistKV fabric protocol"));
+        assert_eq!(Reader::default().feed(b"G"), Err(Refused::Foreign));
+    }
+
+    #[test]
+    fn a_sealed_peer_is_told_from_a_foreign_one() {
+        let secret = crate::secure::Secret::new([1; 32]);
+        let session = crate::secure::Session::connect(&secret, crate::secure::Purpose::Tcp).unwrap();
+        assert_eq!(Reader::default().feed(session.output()), Err(Refused::Sealed));
     }
 }

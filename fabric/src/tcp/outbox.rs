@@ -3,6 +3,11 @@
 //! A post goes to the socket at once when nothing is queued before it: one
 //! system call, no copy. What the socket does not take is queued: a message's
 //! remaining bytes are copied, a write keeps a reference to its source.
+//!
+//! On a sealed connection frames become records, one at a time: a post that
+//! nothing waits before is a record of its own and one system call, what is
+//! queued is poured together, a long write cut into many. The header of a frame
+//! is never cut, so that the other side can read it where its record opened.
 
 use std::collections::VecDeque;
 use std::io;
@@ -10,8 +15,10 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use super::io::{MAX_PARTS, Part, send, send_run};
+use super::sealing::Sealing;
 use crate::Memory;
 use crate::frame::{MESSAGE_HEADER, WRITE_HEADER, message_header};
+use crate::secure::{MAX_PLAIN, Sealer};
 
 /// Payloads up to this are copied behind their header and sent as one run: the
 /// copy costs less than what the kernel spends on a list of two.
@@ -43,6 +50,16 @@ struct Queued {
     sent: usize,
 }
 
+impl Queued {
+    /// Bytes of it on the wire.
+    fn size(&self) -> usize {
+        match &self.item {
+            Item::Bytes(bytes) => bytes.len(),
+            Item::Write(write) => WRITE_HEADER + write.len,
+        }
+    }
+}
+
 #[derive(Default)]
 pub(super) struct Outbox {
     queue: VecDeque<Queued>,
@@ -51,11 +68,18 @@ pub(super) struct Outbox {
     writes: usize,
     /// The last flush ended before the socket was full.
     unfinished: bool,
+    /// The record under way, on a sealed connection.
+    sealing: Option<Box<Sealing>>,
 }
 
 impl Outbox {
+    /// From now on everything is sealed.
+    pub fn seal_with(&mut self, sealer: Sealer) {
+        self.sealing = Some(Box::new(Sealing::new(sealer)));
+    }
+
     pub fn is_empty(&self) -> bool {
-        self.queue.is_empty()
+        self.queue.is_empty() && self.sealing.as_ref().is_none_or(|sealing| sealing.is_empty())
     }
 
     pub fn is_unfinished(&self) -> bool {
@@ -105,6 +129,24 @@ impl Outbox {
     /// empty.
     pub fn send_message(&mut self, socket: BorrowedFd<'_>, payload: &[u8]) -> io::Result<()> {
         let header = message_header(payload.len());
+        if let Some(sealing) = &mut self.sealing {
+            let (total, mut sealed) = (MESSAGE_HEADER + payload.len(), 0);
+            while sealed < total {
+                sealing.begin(total - sealed);
+                if sealed == 0 {
+                    sealed += sealing.pour(&header);
+                }
+                sealed += sealing.pour(&payload[sealed - MESSAGE_HEADER..]);
+                sealing.seal()?;
+                if !sealing.send(socket)? {
+                    break;
+                }
+            }
+            if sealed < total {
+                self.push_message_rest(payload, sealed);
+            }
+            return Ok(());
+        }
         let sent = if payload.len() <= SMALL {
             let mut run = [0; MESSAGE_HEADER + SMALL];
             run[..MESSAGE_HEADER].copy_from_slice(&header);
@@ -129,6 +171,20 @@ impl Outbox {
         offset: usize,
         len: usize,
     ) -> io::Result<()> {
+        if let Some(sealing) = &mut self.sealing {
+            sealing.begin(WRITE_HEADER + len);
+            let header_len = sealing.pour(&header);
+            let sealed = header_len + sealing.pour_region(memory, offset, len)?;
+            sealing.seal()?;
+            let all = sealing.send(socket)?;
+            if sealed < WRITE_HEADER + len {
+                self.push_write(Outgoing { header, memory: Arc::clone(memory), offset, len }, sealed);
+                if all {
+                    self.flush(socket)?;
+                }
+            }
+            return Ok(());
+        }
         let sent = if len <= SMALL {
             let mut run = [0; WRITE_HEADER + SMALL];
             run[..WRITE_HEADER].copy_from_slice(&header);
@@ -151,6 +207,9 @@ impl Outbox {
     pub fn flush(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
         let mut flushed = 0;
         self.unfinished = false;
+        if self.sealing.is_some() {
+            return self.flush_sealed(socket);
+        }
         while !self.queue.is_empty() && flushed < FLUSH {
             let (offered, sent) = self.offer(socket)?;
             self.advance(sent);
@@ -160,6 +219,54 @@ impl Outbox {
             flushed += sent;
         }
         self.unfinished = !self.queue.is_empty() && flushed >= FLUSH;
+        Ok(())
+    }
+
+    fn flush_sealed(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
+        let mut flushed = 0;
+        while flushed < FLUSH {
+            let Some(sealing) = &mut self.sealing else { return Ok(()) };
+            flushed += sealing.len();
+            if !sealing.send(socket)? || self.queue.is_empty() {
+                return Ok(());
+            }
+            self.seal_front()?;
+        }
+        self.unfinished = true;
+        Ok(())
+    }
+
+    /// Makes a record of the front of the queue.
+    fn seal_front(&mut self) -> io::Result<()> {
+        let Some(sealing) = &mut self.sealing else { return Ok(()) };
+        let mut wanted = 0;
+        for queued in &self.queue {
+            wanted += queued.size() - queued.sent;
+            if wanted >= MAX_PLAIN {
+                break;
+            }
+        }
+        sealing.begin(wanted);
+        let mut sealed = 0;
+        for queued in &self.queue {
+            if sealing.left() < WRITE_HEADER && sealed > 0 {
+                break;
+            }
+            let poured = match &queued.item {
+                Item::Bytes(bytes) => sealing.pour(&bytes[queued.sent..]),
+                Item::Write(write) => {
+                    let header = sealing.pour(&write.header[queued.sent.min(WRITE_HEADER)..]);
+                    let body = (queued.sent + header) - WRITE_HEADER;
+                    header + sealing.pour_region(&write.memory, write.offset + body, write.len - body)?
+                }
+            };
+            sealed += poured;
+            if poured < queued.size() - queued.sent {
+                break;
+            }
+        }
+        sealing.seal()?;
+        self.advance(sealed);
         Ok(())
     }
 
@@ -198,9 +305,10 @@ impl Outbox {
     /// Takes `sent` bytes off the front.
     fn advance(&mut self, mut sent: usize) {
         while let Some(front) = self.queue.front_mut() {
-            let (size, cost, writes) = match &front.item {
-                Item::Bytes(bytes) => (bytes.len(), bytes.len(), 0),
-                Item::Write(write) => (WRITE_HEADER + write.len, WRITE_HEADER, 1),
+            let size = front.size();
+            let (cost, writes) = match &front.item {
+                Item::Bytes(bytes) => (bytes.len(), 0),
+                Item::Write(_) => (WRITE_HEADER, 1),
             };
             let n = sent.min(size - front.sent);
             front.sent += n;
@@ -216,7 +324,7 @@ impl Outbox {
 }
 
 /// A socket that takes nothing now is no error.
-fn taken(result: io::Result<usize>) -> io::Result<usize> {
+pub(super) fn taken(result: io::Result<usize>) -> io::Result<usize> {
     match result {
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(0),
         other => other,

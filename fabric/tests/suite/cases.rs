@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use distkv_fabric::{Access, Address, Error, Event, MAX_SEND, Notify, QUEUE_LIMIT, RemoteKey, Write, WriteGuard};
 
-use crate::node::{Make, Node, Seen, bytes, drive, join, pair, pattern, write};
+use crate::node::{Make, Node, Seen, bytes, drive, join, pair, pattern, rounds, write};
 
 pub fn hello_is_handed_over(make: Make) {
     let (mut a, mut b) = (Node::new(make), Node::new(make));
@@ -113,7 +113,7 @@ pub fn a_notification_comes_after_the_data(make: Make) {
 
 pub fn small_messages_keep_their_place_behind_big_writes(make: Make) {
     let (mut a, mut b, to_b, to_a) = pair(make);
-    let len = 64 << 20;
+    let len = rounds(64) << 20;
     let (landing, _, key) = b.target(len);
     let (source, local) = a.region(len, Access::LocalOnly);
     source.write(0, &pattern(len, 5)).unwrap();
@@ -348,7 +348,7 @@ pub fn a_wait_ends_by_itself(make: Make) {
 /// Two threads answer each other and sleep whenever nothing is there: one lost
 /// wakeup and the test stands still.
 pub fn a_wait_misses_no_wakeup(make: Make) {
-    const ROUNDS: u32 = 100_000;
+    let all = rounds(100_000) as u32;
     let (mut a, mut b, to_b, to_a) = pair(make);
     let (_landing_a, _, key_a) = a.target(4096);
     let (_landing_b, _, key_b) = b.target(4096);
@@ -371,8 +371,8 @@ pub fn a_wait_misses_no_wakeup(make: Make) {
             match got {
                 Some(n) => {
                     next = n + 1;
-                    last = next >= ROUNDS;
-                    if next <= ROUNDS {
+                    last = next >= all;
+                    if next <= all {
                         node.transport.write(peer, write(local, 8, &key, Some(next))).unwrap();
                     }
                 }
@@ -384,7 +384,7 @@ pub fn a_wait_misses_no_wakeup(make: Make) {
     let other = std::thread::spawn(move || play(b, to_a, local_b, key_a, false));
     let (_a, last) = play(a, to_b, local_a, key_b, true);
     let (_b, second) = other.join().unwrap();
-    assert!(last.max(second) >= ROUNDS);
+    assert!(last.max(second) >= all);
 }
 
 pub fn a_peer_that_does_not_poll_holds_nobody_up(make: Make) {
@@ -427,14 +427,15 @@ pub fn both_sides_may_flood_at_once(make: Make) {
     let (mut a, mut b, to_b, to_a) = pair(make);
     let payload = pattern(50_000, 2);
     let (mut from_a, mut from_b) = (0, 0);
+    let all = rounds(1000);
     drive([&mut a, &mut b], |[a, b]| {
-        while from_a < 1000 && a.transport.send(to_b, &payload).is_ok() {
+        while from_a < all && a.transport.send(to_b, &payload).is_ok() {
             from_a += 1;
         }
-        while from_b < 1000 && b.transport.send(to_a, &payload).is_ok() {
+        while from_b < all && b.transport.send(to_a, &payload).is_ok() {
             from_b += 1;
         }
-        a.messages_len() == 1000 && b.messages_len() == 1000
+        a.messages_len() == all && b.messages_len() == all
     });
 }
 
@@ -442,7 +443,7 @@ pub fn both_sides_may_flood_at_once(make: Make) {
 /// the same; then each says a last word and hangs up at once.
 pub fn a_crowd_wakes_its_hub(make: Make) {
     const PEERS: usize = 12;
-    const ROUNDS: usize = 2000;
+    let all = rounds(2000);
     let (mut hub, mut rim) = (Node::new(make), Node::new(make));
     let to_hub: Vec<_> = (0..PEERS).map(|_| join(&mut rim, &mut hub, b"rim").0).collect();
     hub.seen.clear();
@@ -468,7 +469,7 @@ pub fn a_crowd_wakes_its_hub(make: Make) {
         assert_eq!(farewells.len(), PEERS);
     });
     rim.seen.clear();
-    for round in 0..ROUNDS {
+    for round in 0..all {
         // Sometimes all speak, sometimes few.
         let speakers = if round % 3 == 0 { &to_hub[..] } else { &to_hub[round % PEERS..][..1] };
         let word = pattern(1 + (round * 97) % 3000, round);

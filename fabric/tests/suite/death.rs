@@ -4,17 +4,19 @@
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use distkv_fabric::secure::{Secret, Security};
 use distkv_fabric::select::Kind;
 use distkv_fabric::{Access, Address, Error, RemoteKey};
 
-use crate::node::{Node, Seen, drive, join, write};
+use crate::node::{Node, Seen, drive, join, rounds, write};
 
 /// Tells the child what to do: kind, address and key.
 const ORDERS: &str = "DISTKV_TEST_PEER";
 const LEN: usize = 256 << 10;
 
 fn make(kind: Kind) -> Node {
-    Node { transport: kind.bind(([127, 0, 0, 1], 0).into()).unwrap(), seen: Vec::new() }
+    let security = Security::Sealed(Secret::new([1; 32]));
+    Node { transport: kind.bind(([127, 0, 0, 1], 0).into(), &security.into()).unwrap(), seen: Vec::new() }
 }
 
 /// Ends the child even if the test fails.
@@ -40,7 +42,7 @@ fn a_killed_peer_is_seen_as_closed(kind: Kind) {
             .unwrap(),
     );
     // It writes and writes.
-    drive([&mut node], |[node]| node.notified().len() > 1000);
+    drive([&mut node], |[node]| node.notified().len() > rounds(1000));
     child.0.kill().unwrap();
     child.0.wait().unwrap();
     // Asleep whenever nothing is there: the death itself has to wake it.
@@ -70,6 +72,12 @@ fn tcp() {
 #[test]
 fn shm() {
     a_killed_peer_is_seen_as_closed(Kind::Shm);
+}
+
+#[test]
+#[ignore = "needs an RDMA device: scripts/softroce brings one"]
+fn rdma() {
+    a_killed_peer_is_seen_as_closed(Kind::Verbs);
 }
 
 #[test]

@@ -7,6 +7,16 @@ use distkv_fabric::{Access, Error, Event, Memory, Notify, PeerId, RegionId, Remo
 /// Makes a transport of the kind under test.
 pub type Make = fn() -> Box<dyn Transport>;
 
+/// Where the suite runs on a slow machine (an emulator), tests repeat what they
+/// do only the part of the times that this variable divides by.
+const SLOW: &str = "DISTKV_TEST_SLOW";
+
+/// How many rounds a test does that would do `most`.
+pub fn rounds(most: usize) -> usize {
+    let slow = std::env::var(SLOW).ok().and_then(|n| n.parse().ok()).unwrap_or(1);
+    (most / slow).max(10)
+}
+
 /// An event, kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Seen {
@@ -17,8 +27,8 @@ pub enum Seen {
     Closed(PeerId, Error),
 }
 
-pub struct Node {
-    pub transport: Box<dyn Transport>,
+pub struct Node<T: Transport + ?Sized = dyn Transport> {
+    pub transport: Box<T>,
     pub seen: Vec<Seen>,
 }
 
@@ -29,7 +39,9 @@ impl Node {
     pub fn new(make: Make) -> Self {
         Self { transport: make(), seen: Vec::new() }
     }
+}
 
+impl<T: Transport + ?Sized> Node<T> {
     pub fn poll(&mut self) {
         let seen = &mut self.seen;
         let before = seen.len();
@@ -86,7 +98,10 @@ impl Node {
 }
 
 /// Polls the nodes in turn until `done`.
-pub fn drive<const N: usize>(mut nodes: [&mut Node; N], mut done: impl FnMut(&mut [&mut Node; N]) -> bool) {
+pub fn drive<T: Transport + ?Sized, const N: usize>(
+    mut nodes: [&mut Node<T>; N],
+    mut done: impl FnMut(&mut [&mut Node<T>; N]) -> bool,
+) {
     let start = Instant::now();
     while !done(&mut nodes) {
         for node in &mut nodes {
@@ -115,7 +130,7 @@ pub fn pair(make: Make) -> (Node, Node, PeerId, PeerId) {
 }
 
 /// Connects `a` to `b`.
-pub fn join(a: &mut Node, b: &mut Node, hello: &[u8]) -> (PeerId, PeerId) {
+pub fn join<T: Transport + ?Sized>(a: &mut Node<T>, b: &mut Node<T>, hello: &[u8]) -> (PeerId, PeerId) {
     let (had, before) = (a.seen.len(), b.accepted().len());
     let to_b = a.transport.connect(&b.transport.address(), hello).unwrap();
     drive([a, b], |[a, b]| b.accepted().len() > before && a.seen[had..].contains(&Seen::Connected(to_b)));
