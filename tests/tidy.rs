@@ -7,40 +7,43 @@ use std::path::{Path, PathBuf};
 
 /// The files that may contain unsafe code. A new one needs a reason.
 const UNSAFE: &[&str] = &[
-    "fabric/src/memory.rs",             // mapping shared memory
-    "fabric/src/shm/ring.rs",           // atomics in memory that two processes map
-    "fabric/src/tcp/batch.rs",          // io_uring submissions point into registered regions
-    "fabric/src/tcp/io.rs",             // sending from and receiving into registered regions
-    "fabric/src/verbs/device/open.rs",  // calls of libibverbs, freed in order
-    "fabric/src/verbs/sys.rs",          // libibverbs, opened at run time
-    "fabric/src/verbs/sys/types.rs",    // pointers to functions of libibverbs and its drivers
-    "fabric/tests/software_hca.rs",     // calls the software HCA as C programs do
-    "fabric/tests/software_hca/rig.rs", // as above
-    "src/attention/mailbox.rs",         // slots as f32 while the peer does not write them
-    "src/device/cpu/amx.rs",            // tile instructions; asking the kernel for them
-    "src/device/cpu/attention.rs",      // threads write disjoint rows; instruction sets
-    "src/device/cpu/attention_few.rs",  // instruction sets
-    "src/device/cpu/attention_many.rs", // instruction sets
-    "src/device/cpu/bandwidth.rs",      // instruction sets
-    "src/device/cpu/buffer.rs",         // aligned memory that threads share by rows
-    "src/device/cpu/dot.rs",            // instruction sets
-    "src/device/cpu/dot_tests.rs",      // instruction sets
-    "src/device/cpu/format.rs",         // instruction sets
-    "src/device/cpu/format_blocks.rs",  // instruction sets
-    "src/device/cpu/format_dots.rs",    // instruction sets
-    "src/device/cpu/gemm.rs",           // instruction sets; threads write disjoint columns
-    "src/device/cpu/gemv.rs",           // instruction sets; threads write disjoint columns
-    "src/device/cpu/gemv_dots.rs",      // instruction sets; threads write disjoint columns
-    "src/device/cpu/kv_view.rs",        // the pool's bytes as keys and values
-    "src/device/cpu/matrix.rs",         // threads pack disjoint panels
-    "src/device/cpu/product.rs",        // instruction sets; threads write disjoint columns
-    "src/device/cpu/reference.rs",      // the pool's bytes as keys and values
-    "src/device/cpu/row_kernels.rs",    // instruction sets
-    "src/device/cpu/rows.rs",           // threads write disjoint rows
-    "src/device/cpu/simd.rs",           // instruction sets
-    "src/device/cpu/threads.rs",        // a loop's closure lent to the workers while its caller waits
-    "src/model/mapping.rs",             // mapping files of weights
-    "tests/cpu_allocations.rs",         // an allocator that counts
+    "fabric/src/memory.rs",                 // mapping shared memory
+    "fabric/src/shm/ring.rs",               // atomics in memory that two processes map
+    "fabric/src/tcp/batch.rs",              // io_uring submissions point into registered regions
+    "fabric/src/tcp/io.rs",                 // sending from and receiving into registered regions
+    "fabric/src/verbs/device/open.rs",      // calls of libibverbs, freed in order
+    "fabric/src/verbs/few.rs",              // rooms on the stack that are not cleared
+    "fabric/src/verbs/objects.rs",          // calls of libibverbs; chains of requests on the stack
+    "fabric/src/verbs/sys.rs",              // libibverbs, opened at run time
+    "fabric/src/verbs/sys/types.rs",        // pointers to functions of libibverbs and its drivers
+    "fabric/tests/software_hca.rs",         // calls the software HCA as C programs do
+    "fabric/tests/software_hca/rig.rs",     // as above
+    "fabric/tests/verbs_hot_path/quiet.rs", // a seccomp filter that counts system calls
+    "src/attention/mailbox.rs",             // slots as f32 while the peer does not write them
+    "src/device/cpu/amx.rs",                // tile instructions; asking the kernel for them
+    "src/device/cpu/attention.rs",          // threads write disjoint rows; instruction sets
+    "src/device/cpu/attention_few.rs",      // instruction sets
+    "src/device/cpu/attention_many.rs",     // instruction sets
+    "src/device/cpu/bandwidth.rs",          // instruction sets
+    "src/device/cpu/buffer.rs",             // aligned memory that threads share by rows
+    "src/device/cpu/dot.rs",                // instruction sets
+    "src/device/cpu/dot_tests.rs",          // instruction sets
+    "src/device/cpu/format.rs",             // instruction sets
+    "src/device/cpu/format_blocks.rs",      // instruction sets
+    "src/device/cpu/format_dots.rs",        // instruction sets
+    "src/device/cpu/gemm.rs",               // instruction sets; threads write disjoint columns
+    "src/device/cpu/gemv.rs",               // instruction sets; threads write disjoint columns
+    "src/device/cpu/gemv_dots.rs",          // instruction sets; threads write disjoint columns
+    "src/device/cpu/kv_view.rs",            // the pool's bytes as keys and values
+    "src/device/cpu/matrix.rs",             // threads pack disjoint panels
+    "src/device/cpu/product.rs",            // instruction sets; threads write disjoint columns
+    "src/device/cpu/reference.rs",          // the pool's bytes as keys and values
+    "src/device/cpu/row_kernels.rs",        // instruction sets
+    "src/device/cpu/rows.rs",               // threads write disjoint rows
+    "src/device/cpu/simd.rs",               // instruction sets
+    "src/device/cpu/threads.rs",            // a loop's closure lent to the workers while its caller waits
+    "src/model/mapping.rs",                 // mapping files of weights
+    "tests/cpu_allocations.rs",             // an allocator that counts
 ];
 
 /// For each module of the library: the modules it may import. `main` and `lib`

@@ -31,7 +31,8 @@ use crate::server::{Model, ModelText, ServerState};
   distkv serve --no-model --kv-memory 64GiB --listen 127.0.0.1:8001 --join 127.0.0.1:7946
   mpirun -np 3 distkv serve --model DIR      # rank 0 on the fabric port, the others join it
 
-The fabric is not authenticated yet: let it listen on trusted networks only.")]
+What nodes say to each other is sealed under the cluster's key. Without --cluster-key-file whoever
+knows the cluster's name can join.")]
 pub struct Args {
     /// Model: a Hugging Face directory or a .gguf file.
     #[arg(long, env = "DISTKV_MODEL", required_unless_present = "no_model", conflicts_with = "no_model")]

@@ -237,7 +237,7 @@ impl Node {
                 spin: config.tuning.spin,
             },
             pool.clone(),
-            assembly.transports(&config)?,
+            assembly.transports(config)?,
             exchange.clone(),
         )?;
         let inbox = Engine::<CpuDevice>::inbox();

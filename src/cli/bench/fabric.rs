@@ -108,7 +108,8 @@ const ACK: u64 = 32;
 /// this short so that a disturbance hits both.
 const TURN: u32 = 200;
 const MIN_TURNS: u32 = 5;
-/// A spinner lets others have its core after this time.
+/// A spinner lets others have its core after this time, and sleeps after a
+/// hundred times as long.
 const PATIENCE: Duration = Duration::from_micros(10);
 /// Round trips that are not counted.
 const WARM: u32 = 200;
@@ -357,8 +358,12 @@ impl Side {
             polls = polls.wrapping_add(1);
             // Where cores are short the other side, or the kernel's own work for
             // a transport, may be waiting for this one.
-            if polls.is_multiple_of(16) && start.elapsed() > PATIENCE {
-                std::thread::yield_now();
+            if polls.is_multiple_of(16) {
+                match start.elapsed() {
+                    idle if idle > 100 * PATIENCE => self.transport.wait(Duration::from_millis(50))?,
+                    idle if idle > PATIENCE => std::thread::yield_now(),
+                    _ => {}
+                }
             }
         }
         Ok(())
