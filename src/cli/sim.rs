@@ -330,8 +330,20 @@ fn longest(args: &Args, cost: &CostModel) -> anyhow::Result<()> {
     };
     let find = |instances: usize| -> anyhow::Result<u32> {
         let (mut good, mut bad) = (32, alone.saturating_mul(instances as u32) + 1);
-        // To the block; a step of the search is a world.
-        while bad - good > block.max(alone / 512) {
+        // A step of the search is a world, and a large one where the context is
+        // long: so it begins near what the memory would hold.
+        let fine = block.max(alone / 512);
+        let mut below = 2 * fine;
+        while bad - good > below {
+            let guess = bad - below;
+            if answers(instances, guess)? {
+                good = guess;
+                break;
+            }
+            bad = guess;
+            below *= 4;
+        }
+        while bad - good > fine {
             let middle = good + (bad - good) / 2;
             if answers(instances, middle)? { good = middle } else { bad = middle }
         }
