@@ -132,7 +132,7 @@ pub struct ModelParts {
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
     /// The fabric refused.
-    #[error("fabric: {0}")]
+    #[error(transparent)]
     Fabric(#[from] distkv_fabric::Error),
     /// The device refused.
     #[error("device: {0}")]
