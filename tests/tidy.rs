@@ -12,7 +12,6 @@ const UNSAFE: &[&str] = &[
     "fabric/src/tcp/batch.rs",              // io_uring submissions point into registered regions
     "fabric/src/tcp/io.rs",                 // sending from and receiving into registered regions
     "fabric/src/verbs/device/open.rs",      // calls of libibverbs, freed in order
-    "fabric/src/verbs/few.rs",              // rooms on the stack that are not cleared
     "fabric/src/verbs/objects.rs",          // calls of libibverbs; chains of requests on the stack
     "fabric/src/verbs/sys.rs",              // libibverbs, opened at run time
     "fabric/src/verbs/sys/types.rs",        // pointers to functions of libibverbs and its drivers

@@ -45,6 +45,12 @@ impl Token {
         Ok(Self(bytes))
     }
 
+    /// The first 64 of the bits.
+    pub fn low(&self) -> u64 {
+        let [a, b, c, d, e, f, g, h, ..] = self.0;
+        u64::from_le_bytes([a, b, c, d, e, f, g, h])
+    }
+
     /// Equality in time that does not depend on where the tokens differ.
     pub fn matches(&self, other: &Self) -> bool {
         self.0.iter().zip(&other.0).fold(0, |acc, (a, b)| acc | (a ^ b)) == 0

@@ -13,6 +13,7 @@
 //!
 //! Every transport passes the one suite in `tests/suite.rs`.
 
+mod door;
 mod error;
 #[doc(hidden)]
 pub mod frame;

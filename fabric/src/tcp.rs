@@ -41,15 +41,13 @@ mod io;
 mod outbox;
 mod sealing;
 
-use std::mem::MaybeUninit;
-use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
-use std::os::fd::{AsFd, OwnedFd};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
+use rustix::event::epoll;
 
+use crate::door::{self, ADMITTED, CLOCK, Door, GRACE, LOOK, Visit};
 use crate::frame::WriteFrame;
 use crate::key::{Key, Maker, Token};
 use crate::peers::Peers;
@@ -64,31 +62,15 @@ use greeter::Greeter;
 
 const SCHEME: &str = "tcp://";
 
-/// Tokens of the readiness source that are no connection.
-const WAKER: u64 = u64::MAX;
-const LISTENER: u64 = u64::MAX - 1;
-
 /// What epoll tells of a connection: once when something new is there, so that
 /// asking it costs nothing for those that have nothing new.
 const ARRIVALS: epoll::EventFlags = epoll::EventFlags::IN.union(epoll::EventFlags::RDHUP).union(epoll::EventFlags::ET);
 /// Told when the connection ends.
 const ENDS: epoll::EventFlags = epoll::EventFlags::RDHUP.union(epoll::EventFlags::HUP).union(epoll::EventFlags::ERR);
 
-/// A spinning owner looks at the clock this often, in polls, and at the listener
-/// and the handshakes' deadlines once this time has passed.
-const CLOCK: u32 = 16;
-const LOOK: Duration = Duration::from_millis(1);
-
 /// With up to this many connections a poll receives from each; with more it
 /// asks epoll first which have something.
 const FEW: usize = 4;
-
-/// Strangers taken in at one look: whoever plays a recorded handshake again
-/// costs 0.1 ms, and shall not have all of the owner's time.
-const ADMITTED: usize = 4;
-
-/// The part of a handshake's time that is sure even when others wait.
-const GRACE: f64 = 0.02;
 
 /// Does the system let many receives be made in one call (io_uring)? Where it
 /// does not, each is a call of its own.
@@ -98,24 +80,16 @@ pub fn batches() -> bool {
 
 /// A transport over tcp sockets.
 pub struct TcpTransport {
-    listener: TcpListener,
-    address: Address,
+    door: Door,
     config: TcpConfig,
     /// Names this transport's life to its peers.
     incarnation: u64,
     regions: Regions,
     peers: Peers<Box<Connection>>,
-    /// Accepted connections in their handshake, oldest first.
-    half_open: Vec<PeerId>,
-    epoll: OwnedFd,
-    wake: Arc<OwnedFd>,
     polls: u32,
     looked: Instant,
-    /// The next poll looks at the listener, and at handshakes' deadlines.
-    look: bool,
+    /// The next poll looks at handshakes' deadlines.
     late: bool,
-    /// As many are in their handshake as may be: the listener is not watched.
-    full: bool,
     incidents: Incidents,
     /// Batched receives, where the kernel allows them.
     batch: Option<Batch>,
@@ -129,38 +103,18 @@ pub struct TcpTransport {
 impl TcpTransport {
     /// Listens at `address`; port 0 takes any free one.
     pub fn bind(address: SocketAddr, config: TcpConfig) -> Result<Self> {
-        let os = |e| Error::os("listening for fabric peers", e);
-        let listener = TcpListener::bind(address).map_err(os)?;
-        listener.set_nonblocking(true).map_err(os)?;
-        let told = match &config.advertise {
-            Some(name) => name.clone(),
-            None => listener.local_addr().map_err(os)?.to_string(),
-        };
+        let door = Door::open(SCHEME, address, config.advertise.as_deref())?;
         let batch = if config.io_uring { Batch::new() } else { None };
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| Error::os("making an epoll", e))?;
-        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let wake = Arc::new(eventfd(0, flags).map_err(|e| Error::os("making an eventfd", e))?);
-        for (fd, token) in [(wake.as_fd(), WAKER), (listener.as_fd(), LISTENER)] {
-            epoll::add(&epoll, fd, epoll::EventData::new_u64(token), epoll::EventFlags::IN)
-                .map_err(|e| Error::os("watching a socket", e))?;
-        }
-        let Token([a, b, c, d, e, f, g, h, ..]) = Token::random()?;
         Ok(Self {
-            incarnation: u64::from_le_bytes([a, b, c, d, e, f, g, h]),
-            listener,
-            address: Address(format!("{SCHEME}{told}")),
+            incarnation: Token::random()?.low(),
+            door,
             config,
             regions: Regions::default(),
             peers: Peers::default(),
-            half_open: Vec::new(),
-            epoll,
-            wake,
             polls: 0,
             looked: Instant::now(),
-            look: true,
             late: false,
             incidents: Incidents::default(),
-            full: false,
             batch,
             received: Vec::new(),
             active: Vec::new(),
@@ -176,10 +130,9 @@ impl TcpTransport {
     fn add(&mut self, connection: Connection) -> Result<PeerId> {
         let peer = self.peers.insert(Box::new(connection))?;
         let socket = &self.peers.get_mut(peer)?.socket;
-        let watched = epoll::add(&self.epoll, socket, epoll::EventData::new_u64(peer.0), ARRIVALS);
-        if let Err(e) = watched {
+        if let Err(e) = self.door.watch(socket, peer.0, ARRIVALS) {
             self.peers.remove(peer);
-            return Err(Error::os("watching a socket", e));
+            return Err(e);
         }
         self.active.push(peer);
         Ok(peer)
@@ -187,29 +140,13 @@ impl TcpTransport {
 
     /// Asks epoll which sockets have something; sleeps for at most `timeout`.
     fn see_ready(&mut self, timeout: Duration) -> Result<()> {
-        let timeout = Timespec::try_from(timeout).map_err(|e| Error::os("waiting", e))?;
-        let mut events = [MaybeUninit::<epoll::Event>::uninit(); 128];
-        let events = match epoll::wait(&self.epoll, &mut events, Some(&timeout)) {
-            Ok((events, _)) => events,
-            Err(rustix::io::Errno::INTR) => return Ok(()),
-            Err(e) => return Err(Error::os("waiting for sockets", e)),
-        };
-        for event in &*events {
-            match event.data.u64() {
-                LISTENER => self.look = true,
-                WAKER => {
-                    let mut count = [0; 8];
-                    let _ = rustix::io::read(&*self.wake, &mut count);
-                }
-                peer => {
-                    if let Ok(connection) = self.peers.get_mut(PeerId(peer)) {
-                        connection.ready = true;
-                        let flags = event.flags;
-                        connection.ending |= flags.intersects(ENDS);
-                        if connection.must_list() {
-                            self.active.push(PeerId(peer));
-                        }
-                    }
+        self.door.see_ready(timeout)?;
+        for (peer, flags) in &self.door.ready {
+            if let Ok(connection) = self.peers.get_mut(PeerId(*peer)) {
+                connection.ready = true;
+                connection.ending |= flags.intersects(ENDS);
+                if connection.must_list() {
+                    self.active.push(PeerId(*peer));
                 }
             }
         }
@@ -239,7 +176,7 @@ impl TcpTransport {
         }
         let mut work = std::mem::take(&mut self.work);
         for (peer, mut connection) in work.drain(..) {
-            match advance(peer, &mut connection, &self.regions, &mut self.half_open, sink) {
+            match advance(peer, &mut connection, &self.regions, &mut self.door, sink) {
                 Ok(()) => {
                     if connection.stays_listed() {
                         self.active.push(peer);
@@ -257,41 +194,27 @@ impl TcpTransport {
 
     /// Takes in strangers.
     fn accept(&mut self, sink: &mut dyn FnMut(Event<'_>)) -> Result<()> {
-        let now = Instant::now();
+        let (limit, time) = (self.config.max_half_open, self.config.handshake_timeout);
         for _ in 0..ADMITTED {
-            // Those beyond the limit wait in the kernel, but not for long: the
-            // slow must not keep the others out.
-            if self.half_open.len() >= self.config.max_half_open.max(1) {
-                let oldest = self.half_open[0];
-                let patience = self.config.handshake_timeout.mul_f64(1.0 - GRACE);
-                if matches!(self.peers.get_mut(oldest)?.phase, Phase::Greeting { until } if until > now + patience) {
-                    self.look = true;
-                    return self.watch_listener(false);
+            let until = |peer| match self.peers.get(peer)?.phase {
+                Phase::Greeting { until } => Some(until),
+                Phase::Open => None,
+            };
+            match self.door.next(limit, time, until)? {
+                Visit::Stranger(socket) => {
+                    self.incidents.stats.accepted += 1;
+                    let greeter = Greeter::accept(&self.config.security, self.incarnation);
+                    let until = Instant::now() + time;
+                    let peer = self.add(Connection::new(socket, None, greeter, Vec::new(), until))?;
+                    self.door.admitted(peer);
                 }
-                self.close(oldest, Error::Protocol("too many handshakes at once".into()), sink);
-            }
-            let Ok((stream, _)) = self.listener.accept() else { return self.watch_listener(true) };
-            self.incidents.stats.accepted += 1;
-            let ready = stream.set_nonblocking(true).and_then(|()| stream.set_nodelay(true));
-            if ready.is_ok() {
-                let until = now + self.config.handshake_timeout;
-                let greeter = Greeter::accept(&self.config.security, self.incarnation);
-                let peer = self.add(Connection::new(stream.into(), None, greeter, Vec::new(), until))?;
-                self.half_open.push(peer);
+                Visit::Oldest(oldest) => {
+                    self.close(oldest, Error::Protocol("too many handshakes at once".into()), sink);
+                }
+                Visit::Nobody => break,
             }
         }
         // The readiness source tells of the others at the next look.
-        self.watch_listener(true)
-    }
-
-    /// Lets new connections end a wait, or not.
-    fn watch_listener(&mut self, watch: bool) -> Result<()> {
-        if self.full == watch {
-            self.full = !watch;
-            let flags = if watch { epoll::EventFlags::IN } else { epoll::EventFlags::empty() };
-            epoll::modify(&self.epoll, &self.listener, epoll::EventData::new_u64(LISTENER), flags)
-                .map_err(|e| Error::os("watching a socket", e))?;
-        }
         Ok(())
     }
 
@@ -327,8 +250,7 @@ impl TcpTransport {
             Error::Refused(refused) => self.incidents.refused("tcp", *refused),
             _ => {}
         }
-        if let Some(at) = self.half_open.iter().position(|p| *p == peer) {
-            self.half_open.remove(at);
+        if self.door.passed(peer) {
             self.incidents.stats.half_open_dropped += 1;
         }
         if connection.is_known() {
@@ -342,7 +264,7 @@ fn advance(
     peer: PeerId,
     connection: &mut Connection,
     regions: &Regions,
-    half_open: &mut Vec<PeerId>,
+    door: &mut Door,
     sink: &mut dyn FnMut(Event<'_>),
 ) -> Result<()> {
     if connection.has_output() {
@@ -351,20 +273,9 @@ fn advance(
     let was = connection.phase;
     let received = connection.receive(peer, regions, sink);
     if was != connection.phase {
-        half_open.retain(|p| *p != peer);
+        door.passed(peer);
     }
     received
-}
-
-fn resolve(address: &Address) -> Result<SocketAddr> {
-    let Some(name) = address.0.strip_prefix(SCHEME) else {
-        return Err(Error::BadAddress(address.clone(), "not tcp://host:port"));
-    };
-    let found = name.to_socket_addrs().map_err(|e| match e.kind() {
-        std::io::ErrorKind::InvalidInput => Error::BadAddress(address.clone(), "not tcp://host:port"),
-        _ => Error::Unreachable(address.clone(), e.to_string()),
-    });
-    found?.next().ok_or_else(|| Error::Unreachable(address.clone(), "the name has no address".into()))
 }
 
 impl Transport for TcpTransport {
@@ -373,7 +284,7 @@ impl Transport for TcpTransport {
     }
 
     fn address(&self) -> Address {
-        self.address.clone()
+        self.door.address.clone()
     }
 
     fn register(&mut self, memory: &Arc<Memory>, access: Access) -> Result<RegionId> {
@@ -392,19 +303,11 @@ impl Transport for TcpTransport {
         if hello.len() > MAX_SEND {
             return Err(Error::TooLong(hello.len()));
         }
-        let to = resolve(address)?;
+        let to = door::resolve(address, SCHEME, "not tcp://host:port")?;
         let mut greeting = Vec::new();
         let greeter = Greeter::connect(&self.config.security, self.incarnation, hello, &mut greeting);
         let greeter = greeter.map_err(Error::Refused)?;
-        let family = if to.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)
-            .map_err(|e| Error::os("making a socket", e))?;
-        sockopt::set_tcp_nodelay(&socket, true).map_err(|e| Error::os("making a socket", e))?;
-        match rustix::net::connect(&socket, &to) {
-            Ok(()) | Err(rustix::io::Errno::INPROGRESS) => {}
-            Err(e) => return Err(Error::Unreachable(address.clone(), e.to_string())),
-        }
+        let socket = door::dial(address, to)?;
         let until = Instant::now() + self.config.handshake_timeout;
         self.add(Connection::new(socket, Some(address.clone()), greeter, greeting, until))
     }
@@ -464,8 +367,7 @@ impl Transport for TcpTransport {
             self.looked = Instant::now();
             self.expire(&mut sink);
         }
-        if self.look {
-            self.look = false;
+        if std::mem::take(&mut self.door.look) {
             self.accept(&mut sink)?;
         }
         if !few {
@@ -474,7 +376,7 @@ impl Transport for TcpTransport {
         }
         for slot in 0..self.peers.slots() {
             let Some((peer, connection)) = self.peers.at(slot) else { continue };
-            if let Err(reason) = advance(peer, connection, &self.regions, &mut self.half_open, &mut sink) {
+            if let Err(reason) = advance(peer, connection, &self.regions, &mut self.door, &mut sink) {
                 self.close(peer, reason, &mut sink);
             }
         }
@@ -491,23 +393,18 @@ impl Transport for TcpTransport {
             let writable = connection.has_output();
             if writable != connection.told_writable {
                 let flags = if writable { ARRIVALS | epoll::EventFlags::OUT } else { ARRIVALS };
-                epoll::modify(&self.epoll, &connection.socket, epoll::EventData::new_u64(peer.0), flags)
-                    .map_err(|e| Error::os("watching a socket", e))?;
+                self.door.watch_for(&connection.socket, peer.0, flags)?;
                 connection.told_writable = writable;
             }
         }
         if greeting {
-            timeout = timeout.min(self.config.handshake_timeout.mul_f64(if self.full { GRACE } else { 1.0 }));
+            timeout = timeout.min(self.config.handshake_timeout.mul_f64(if self.door.is_full() { GRACE } else { 1.0 }));
             self.late = true;
         }
         self.see_ready(timeout)
     }
 
     fn waker(&self) -> Waker {
-        let wake = Arc::clone(&self.wake);
-        // A full counter has woken already.
-        Waker::new(move || {
-            let _ = rustix::io::write(&*wake, &1u64.to_ne_bytes());
-        })
+        self.door.waker()
     }
 }

@@ -29,7 +29,6 @@
 mod config;
 mod connection;
 pub mod device;
-mod few;
 mod landing;
 #[doc(hidden)]
 pub mod link;
@@ -44,14 +43,14 @@ pub mod sys;
 pub mod wire;
 
 use std::collections::HashMap;
-use std::mem::MaybeUninit;
-use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use arrayvec::ArrayVec;
+use rustix::event::epoll::EventFlags;
 
+use crate::door::{self, ADMITTED, CLOCK, Door, GRACE, LOOK, Visit};
 use crate::key::{Key, Maker};
 use crate::peers::Peers;
 use crate::regions::Regions;
@@ -60,9 +59,7 @@ use crate::stats::{Incidents, Stats};
 use crate::{Access, Address, Error, Event, MAX_SEND, Memory, PeerId, RegionId, RemoteKey, Result, Transport};
 use crate::{Waker, Write};
 pub use config::Config;
-use config::SCHEME;
 use connection::{Connection, Phase, choose};
-use few::Few;
 use link::Link;
 use objects::Incident;
 use rail::Rail;
@@ -70,19 +67,16 @@ use receives::BUFFER;
 use sender::Outgoing;
 use sys::{Lib, ibv_wc};
 
-/// Tokens of the readiness source that are no connection.
-const WAKER: u64 = u64::MAX;
-const LISTENER: u64 = u64::MAX - 1;
-/// Of a rail's completion channel and of its device's incidents; the low bits
-/// are the rail.
+const SCHEME: &str = "verbs://";
+
+/// What is told of a connection's socket.
+const ARRIVALS: EventFlags = EventFlags::IN.union(EventFlags::RDHUP).union(EventFlags::ET);
+
+/// Tokens of a rail's completion channel and of its device's incidents; the low
+/// bits are the rail.
 const COMPLETIONS: u64 = 1 << 63;
 const INCIDENTS: u64 = 3 << 62;
 const RAIL_BITS: u64 = (1 << 16) - 1;
-
-/// A spinning owner looks at the clock this often, in polls, and at sockets and
-/// incidents once this time has passed.
-const CLOCK: u32 = 16;
-const LOOK: Duration = Duration::from_millis(1);
 
 /// Completions taken with one call.
 const TAKE: usize = 16;
@@ -96,8 +90,7 @@ const LAST_LINGER: Duration = Duration::from_millis(500);
 
 /// A transport over RDMA devices.
 pub struct VerbsTransport {
-    listener: TcpListener,
-    address: Address,
+    door: Door,
     config: Config,
     secret: Secret,
     rails: Vec<Rail>,
@@ -108,12 +101,8 @@ pub struct VerbsTransport {
     /// How often an address was tried in vain or lost, in which life of its
     /// transport: a new one begins with the first rail again.
     attempts: HashMap<Address, (Option<u64>, u32)>,
-    half_open: Vec<PeerId>,
-    epoll: OwnedFd,
-    wake: Arc<OwnedFd>,
     polls: u32,
     looked: Instant,
-    look: bool,
     /// The next poll looks at deadlines.
     late: bool,
     /// Connections that have something to do.
@@ -136,25 +125,13 @@ impl VerbsTransport {
     #[doc(hidden)]
     pub fn over(lib: &'static Lib, address: SocketAddr, secret: Secret, config: Config) -> Result<Self> {
         let rails = config::open_rails(lib, &config)?;
-        let os = |e| Error::os("listening for fabric peers", e);
-        let listener = TcpListener::bind(address).map_err(os)?;
-        listener.set_nonblocking(true).map_err(os)?;
-        let told = match &config.advertise {
-            Some(name) => name.clone(),
-            None => listener.local_addr().map_err(os)?.to_string(),
-        };
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| Error::os("making an epoll", e))?;
-        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let wake = Arc::new(eventfd(0, flags).map_err(|e| Error::os("making an eventfd", e))?);
-        watch(&epoll, wake.as_fd(), WAKER)?;
-        watch(&epoll, listener.as_fd(), LISTENER)?;
+        let door = Door::open(SCHEME, address, config.advertise.as_deref())?;
         for (i, rail) in rails.iter().enumerate() {
-            watch(&epoll, rail.channel.fd(), COMPLETIONS | i as u64)?;
-            watch(&epoll, objects::unblock_incidents(&rail.context)?, INCIDENTS | i as u64)?;
+            door.watch(rail.channel.fd(), COMPLETIONS | i as u64, EventFlags::IN)?;
+            door.watch(objects::unblock_incidents(&rail.context)?, INCIDENTS | i as u64, EventFlags::IN)?;
         }
         Ok(Self {
-            listener,
-            address: Address(format!("{SCHEME}{told}")),
+            door,
             config,
             secret,
             rails,
@@ -162,12 +139,8 @@ impl VerbsTransport {
             peers: Peers::default(),
             leaving: Vec::new(),
             attempts: HashMap::new(),
-            half_open: Vec::new(),
-            epoll,
-            wake,
             polls: 0,
             looked: Instant::now(),
-            look: true,
             late: false,
             active: Vec::new(),
             work: Vec::new(),
@@ -181,7 +154,7 @@ impl VerbsTransport {
         self.incidents.stats
     }
 
-    /// The device ports in use, best first, as `device/port`.
+    /// The device ports in use, best first, as `device:port`.
     pub fn rails(&self) -> impl Iterator<Item = &str> {
         self.rails.iter().map(|rail| rail.name.as_str())
     }
@@ -203,11 +176,9 @@ impl VerbsTransport {
     fn add(&mut self, connection: Connection) -> Result<PeerId> {
         let peer = self.peers.insert(Box::new(connection))?;
         let socket = self.peers.get_mut(peer)?.link.socket();
-        let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
-        let watched = epoll::add(&self.epoll, socket, epoll::EventData::new_u64(peer.0), flags);
-        if let Err(e) = watched {
+        if let Err(e) = self.door.watch(socket, peer.0, ARRIVALS) {
             self.peers.remove(peer);
-            return Err(Error::os("watching a socket", e));
+            return Err(e);
         }
         self.active.push(peer);
         Ok(peer)
@@ -224,20 +195,9 @@ impl VerbsTransport {
 
     /// Asks epoll what is ready; sleeps for at most `timeout`.
     fn see_ready(&mut self, timeout: Duration) -> Result<()> {
-        let timeout = Timespec::try_from(timeout).map_err(|e| Error::os("waiting", e))?;
-        let mut events = [MaybeUninit::<epoll::Event>::uninit(); 128];
-        let events = match epoll::wait(&self.epoll, &mut events, Some(&timeout)) {
-            Ok((events, _)) => events,
-            Err(rustix::io::Errno::INTR) => return Ok(()),
-            Err(e) => return Err(Error::os("waiting for sockets", e)),
-        };
-        for event in &*events {
-            match event.data.u64() {
-                LISTENER => self.look = true,
-                WAKER => {
-                    let mut count = [0; 8];
-                    let _ = rustix::io::read(&*self.wake, &mut count);
-                }
+        self.door.see_ready(timeout)?;
+        for i in 0..self.door.ready.len() {
+            match self.door.ready[i].0 {
                 token if token & INCIDENTS == INCIDENTS => self.hear_incidents((token & RAIL_BITS) as usize),
                 token if token & COMPLETIONS != 0 => {
                     if let Some(rail) = self.rails.get((token & RAIL_BITS) as usize) {
@@ -295,17 +255,23 @@ impl VerbsTransport {
 
     /// Takes in strangers.
     fn accept(&mut self, sink: &mut dyn FnMut(Event<'_>)) -> Result<()> {
-        while let Ok((stream, _)) = self.listener.accept() {
-            self.incidents.stats.accepted += 1;
-            if self.half_open.len() >= self.config.max_half_open.max(1) {
-                let oldest = self.half_open[0];
-                self.close(oldest, Error::Protocol("too many handshakes at once".into()), sink);
-            }
-            if stream.set_nonblocking(true).and_then(|()| stream.set_nodelay(true)).is_ok() {
-                let until = Instant::now() + self.config.handshake_timeout;
-                let link = Link::accept(stream.into(), &self.secret);
-                let peer = self.add(Connection::new(link, None, 0, until))?;
-                self.half_open.push(peer);
+        let (limit, time) = (self.config.max_half_open, self.config.handshake_timeout);
+        for _ in 0..ADMITTED {
+            let until = |peer| match self.peers.get(peer)?.phase {
+                Phase::Greeting { until } => Some(until),
+                Phase::Open | Phase::Ending { .. } => None,
+            };
+            match self.door.next(limit, time, until)? {
+                Visit::Stranger(socket) => {
+                    self.incidents.stats.accepted += 1;
+                    let link = Link::accept(socket, &self.secret);
+                    let peer = self.add(Connection::new(link, None, 0, Instant::now() + time))?;
+                    self.door.admitted(peer);
+                }
+                Visit::Oldest(oldest) => {
+                    self.close(oldest, Error::Protocol("too many handshakes at once".into()), sink);
+                }
+                Visit::Nobody => break,
             }
         }
         Ok(())
@@ -344,8 +310,7 @@ impl VerbsTransport {
             Error::Refused(refused) => self.incidents.refused("verbs", *refused),
             _ => {}
         }
-        if let Some(at) = self.half_open.iter().position(|p| *p == peer) {
-            self.half_open.remove(at);
+        if self.door.passed(peer) {
             self.incidents.stats.half_open_dropped += 1;
         }
         // The next attempt takes another rail.
@@ -404,12 +369,12 @@ impl VerbsTransport {
     /// Takes completed receives of all rails.
     fn receive_all(&mut self, sink: &mut dyn FnMut(Event<'_>)) -> Result<()> {
         for at in 0..self.rails.len() {
-            let mut completions = Few::<ibv_wc, TAKE>::new();
+            let mut completions = ArrayVec::<ibv_wc, TAKE>::new();
             let mut taken = 0;
             loop {
                 self.rails[at].poll(&mut completions)?;
                 let got = completions.len();
-                for completion in completions.as_slice() {
+                for completion in &completions {
                     self.receive(at, completion, sink);
                 }
                 taken += got;
@@ -431,7 +396,7 @@ impl VerbsTransport {
             match connection.advance(peer, &mut self.rails, &self.regions, sink) {
                 Ok(()) => {
                     if !matches!(connection.phase, Phase::Greeting { .. }) {
-                        self.half_open.retain(|p| *p != peer);
+                        self.door.passed(peer);
                     }
                     connection.listed = connection.needs_attention();
                     if connection.listed {
@@ -499,18 +464,13 @@ impl Drop for VerbsTransport {
     }
 }
 
-fn watch(epoll: &OwnedFd, fd: BorrowedFd<'_>, token: u64) -> Result<()> {
-    epoll::add(epoll, fd, epoll::EventData::new_u64(token), epoll::EventFlags::IN)
-        .map_err(|e| Error::os("watching a file", e))
-}
-
 impl Transport for VerbsTransport {
     fn name(&self) -> &'static str {
         "verbs"
     }
 
     fn address(&self) -> Address {
-        self.address.clone()
+        self.door.address.clone()
     }
 
     fn register(&mut self, memory: &Arc<Memory>, access: Access) -> Result<RegionId> {
@@ -546,11 +506,11 @@ impl Transport for VerbsTransport {
         if hello.len() > MAX_SEND {
             return Err(Error::TooLong(hello.len()));
         }
-        let to = config::resolve(address)?;
+        let to = door::resolve(address, SCHEME, "not verbs://host:port")?;
         let attempt = self.attempts.get(address).map_or(0, |(_, attempts)| *attempts);
         let down = || Error::os("connecting", "every RDMA port is down or its device has failed");
         let rail = choose(&self.rails, attempt).ok_or_else(down)?;
-        let socket = config::dial(address, to)?;
+        let socket = door::dial(address, to)?;
         let until = Instant::now() + self.config.handshake_timeout;
         let link = Link::connect(socket, address.clone(), &self.secret)?;
         let peer = self.add(Connection::new(link, Some(address.clone()), rail, until))?;
@@ -566,7 +526,7 @@ impl Transport for VerbsTransport {
 
     fn disconnect(&mut self, peer: PeerId) {
         let Some(mut connection) = self.peers.remove(peer) else { return };
-        self.half_open.retain(|p| *p != peer);
+        self.door.passed(peer);
         if connection.phase == Phase::Open && connection.broken.is_none() {
             connection.say_bye();
             self.leaving.push((*connection, Instant::now() + LINGER));
@@ -628,8 +588,7 @@ impl Transport for VerbsTransport {
             }
         }
         self.receive_all(&mut sink)?;
-        if self.look {
-            self.look = false;
+        if std::mem::take(&mut self.door.look) {
             self.accept(&mut sink)?;
         }
         if !self.active.is_empty() {
@@ -639,7 +598,7 @@ impl Transport for VerbsTransport {
     }
 
     fn wait(&mut self, mut timeout: Duration) -> Result<()> {
-        if self.look || self.rails.iter().any(Rail::has_taken) {
+        if self.rails.iter().any(Rail::has_taken) {
             return Ok(());
         }
         for rail in &self.rails {
@@ -657,16 +616,14 @@ impl Transport for VerbsTransport {
                 return Ok(());
             }
             if !matches!(connection.phase, Phase::Open) {
-                timeout = timeout.min(self.config.handshake_timeout);
+                let part = if self.door.is_full() { GRACE } else { 1.0 };
+                timeout = timeout.min(self.config.handshake_timeout.mul_f64(part));
                 self.late = true;
             }
             let writable = connection.link.has_output();
             if writable != connection.told_writable {
-                let mut flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
-                flags.set(epoll::EventFlags::OUT, writable);
-                let data = epoll::EventData::new_u64(peer.0);
-                epoll::modify(&self.epoll, connection.link.socket(), data, flags)
-                    .map_err(|e| Error::os("watching a socket", e))?;
+                let flags = if writable { ARRIVALS | EventFlags::OUT } else { ARRIVALS };
+                self.door.watch_for(connection.link.socket(), peer.0, flags)?;
                 connection.told_writable = writable;
             }
             if connection.arm_completions()? {
@@ -681,10 +638,6 @@ impl Transport for VerbsTransport {
     }
 
     fn waker(&self) -> Waker {
-        let wake = Arc::clone(&self.wake);
-        // A full counter has woken already.
-        Waker::new(move || {
-            let _ = rustix::io::write(&*wake, &1u64.to_ne_bytes());
-        })
+        self.door.waker()
     }
 }

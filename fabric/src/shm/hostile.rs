@@ -93,12 +93,12 @@ fn strangers_at_the_socket_are_turned_away() {
     {
         let socket = host.knock();
         socket::send(&socket, &Packet::Link { size: size as u64 }, Some(file)).unwrap();
-        host.until(|_, stats| stats.half_open_dropped == i as u64 + 6);
+        host.until(|_, stats| stats.half_open_dropped >= i as u64 + 6);
     }
     for _ in 0..5 {
         drop(host.knock());
     }
-    host.until(|_, stats| stats.half_open_dropped == 13);
+    host.until(|_, stats| stats.half_open_dropped >= 13);
     assert_eq!((host.accepted, host.closed.len()), (0, 0), "the owner hears nothing of strangers");
     host.is_well();
 }
@@ -120,7 +120,7 @@ fn handshakes_have_bounded_time() {
     let _silent = host.knock();
     // A link without a hello is a handshake too.
     let _link = link(&host);
-    host.until(|_, stats| stats.half_open_dropped == 2);
+    host.until(|_, stats| stats.half_open_dropped >= 2);
     assert_eq!((host.accepted, host.closed.len()), (0, 0));
 }
 

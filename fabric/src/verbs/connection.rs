@@ -266,7 +266,10 @@ impl Connection {
             }
         }
         match ended {
-            Ok(()) => Ok(()),
+            Ok(more) => {
+                self.ready = more;
+                Ok(())
+            }
             // A bye was the last word: the posts before it are still awaited.
             Err(_) if matches!(self.phase, Phase::Ending { .. }) => Ok(()),
             Err(e) => Err(self.gone(e)),

@@ -20,6 +20,10 @@ const LONGEST: usize = MAX_SEND + 256;
 /// Bytes taken from the socket with one call.
 const WINDOW: usize = 64 << 10;
 
+/// Bytes taken in one go: a member that floods its channel shall not have all
+/// of the owner's time.
+const BUDGET: usize = 2 << 20;
+
 /// A control channel.
 pub struct Link {
     socket: OwnedFd,
@@ -108,10 +112,11 @@ impl Link {
         }
     }
 
-    /// Takes what has arrived and adds whole messages to `into`. The error, the
-    /// channel's end among them, comes after the messages before it.
-    pub fn receive(&mut self, into: &mut Vec<Control>) -> Result<()> {
-        loop {
+    /// Takes what has arrived, up to about [`BUDGET`] bytes, and adds whole
+    /// messages to `into`. True if there may be more. The error, the channel's
+    /// end among them, comes after the messages before it.
+    pub fn receive(&mut self, into: &mut Vec<Control>) -> Result<bool> {
+        for _ in 0..BUDGET / WINDOW {
             let at = self.sealed.len();
             self.sealed.resize(at + WINDOW, 0);
             let got = rustix::net::recv(&self.socket, &mut self.sealed[at..], RecvFlags::DONTWAIT);
@@ -123,12 +128,12 @@ impl Link {
                 }
                 Err(Errno::AGAIN) => {
                     self.sealed.truncate(at);
-                    return Ok(());
+                    return Ok(false);
                 }
                 // A connect that is still under way has nothing to receive.
                 Err(Errno::NOTCONN) if self.target.is_some() => {
                     self.sealed.truncate(at);
-                    return Ok(());
+                    return Ok(false);
                 }
                 Err(e) => {
                     self.sealed.truncate(at);
@@ -141,6 +146,7 @@ impl Link {
                 return Err(Error::PeerGone);
             }
         }
+        Ok(true)
     }
 
     fn open(&mut self, into: &mut Vec<Control>) -> Result<()> {

@@ -6,12 +6,13 @@
 #![allow(unsafe_code)]
 
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{BorrowedFd, RawFd};
 use std::ptr;
 use std::sync::Arc;
 
+use arrayvec::ArrayVec;
+
 use super::device::{Context, Mr, Pd, check, mtu_number};
-use super::few::Few;
 use super::sys::*;
 use super::wire::Endpoint;
 use crate::{Error, Result};
@@ -99,16 +100,14 @@ impl Cq {
 
     /// Takes completions in place of what is in `into`, without blocking.
     #[inline]
-    pub fn poll<const N: usize>(&self, into: &mut Few<ibv_wc, N>) -> Result<()> {
-        let mut got = 0;
-        // SAFETY: the queue is alive, the room is there, and the device fills as
-        // much of it as it says; an error is below 0.
-        unsafe {
-            into.refill(|first, room| {
-                got = poll_cq(self.raw, room.min(i32::MAX as usize) as i32, first);
-                usize::try_from(got).unwrap_or(0)
-            });
-        }
+    pub fn poll<const N: usize>(&self, into: &mut ArrayVec<ibv_wc, N>) -> Result<()> {
+        into.clear();
+        let room = N.min(i32::MAX as usize) as i32;
+        // SAFETY: the queue is alive and the room is there.
+        let got = unsafe { poll_cq(self.raw, room, into.as_mut_ptr()) };
+        // SAFETY: the device has filled as many as it says, of so much room; an
+        // error is below 0.
+        unsafe { into.set_len(got.clamp(0, room) as usize) };
         if got < 0 {
             return Err(Error::os("polling a completion queue", format!("error {got}")));
         }
@@ -618,6 +617,5 @@ pub fn unblock_incidents(context: &Context) -> Result<BorrowedFd<'_>> {
     let fd = unsafe { BorrowedFd::borrow_raw((*context.raw()).async_fd as RawFd) };
     let flags = rustix::fs::OFlags::NONBLOCK;
     rustix::fs::fcntl_setfl(fd, flags).map_err(|e| Error::os("watching a device", e))?;
-    debug_assert!(fd.as_raw_fd() >= 0);
     Ok(fd)
 }

@@ -7,7 +7,8 @@
 
 use std::sync::Arc;
 
-use super::few::Few;
+use arrayvec::ArrayVec;
+
 use super::objects::{CHAIN, Channel, Cq, Path, Qp, Request, Source, Srq, Work};
 use super::sys::{IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_wc};
 use super::wire::Endpoint;
@@ -49,20 +50,19 @@ pub struct SendQueue {
 
 /// Several requests that are posted with one call.
 pub struct Batch<'a> {
-    requests: Few<Request<'a>, CHAIN>,
-    holds: Few<Holds, CHAIN>,
+    requests: ArrayVec<Request<'a>, CHAIN>,
+    holds: ArrayVec<Holds, CHAIN>,
 }
 
 impl<'a> Batch<'a> {
     /// Without requests.
     pub fn new() -> Self {
-        Self { requests: Few::new(), holds: Few::new() }
+        Self { requests: ArrayVec::new(), holds: ArrayVec::new() }
     }
 
     /// Adds a request, of [`CHAIN`] at most.
     pub fn push(&mut self, work: Work<'a>, source: Source<'a>, holds: Holds) {
-        let room = self.requests.push(Request { id: 0, work, source, signalled: false });
-        debug_assert!(room, "the caller knows how many");
+        self.requests.push(Request { id: 0, work, source, signalled: false });
         self.holds.push(holds);
     }
 
@@ -131,10 +131,10 @@ impl SendQueue {
     /// Posts a batch with one call; it fits the [`room`](Self::room).
     pub fn post(&mut self, batch: &mut Batch<'_>) -> Result<()> {
         debug_assert!(batch.len() <= self.room());
-        for (request, holds) in batch.requests.as_mut_slice().iter_mut().zip(batch.holds.as_slice()) {
+        for (request, holds) in batch.requests.iter_mut().zip(&batch.holds) {
             (request.id, request.signalled) = self.hold(*holds);
         }
-        self.qp.post(batch.requests.as_slice())
+        self.qp.post(&batch.requests)
     }
 
     /// Posts one request; there is [`room`](Self::room) for it.
@@ -180,10 +180,10 @@ impl SendQueue {
         if let Some(failed) = self.failed {
             return Ok(Err(failed));
         }
-        let mut completions = Few::<ibv_wc, TAKE>::new();
+        let mut completions = ArrayVec::<ibv_wc, TAKE>::new();
         loop {
             self.cq.poll(&mut completions)?;
-            for completion in completions.as_slice() {
+            for completion in &completions {
                 if completion.status != IBV_WC_SUCCESS {
                     let failed = Failed(completion.status);
                     self.failed = Some(failed);

@@ -4,9 +4,10 @@ use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
 
+use arrayvec::ArrayVec;
+
 use super::Config;
 use super::device::{self, Context, Link, Mr, MrAccess, Pd};
-use super::few::Few;
 use super::landing::writable;
 use super::objects::{CHAIN, Channel, Cq, Path, Srq};
 use super::queue::SendQueue;
@@ -184,10 +185,10 @@ impl Rail {
     /// Takes completed receives off the device, to be handed out by
     /// [`poll`](Self::poll); true if there are some.
     pub fn take_all(&mut self) -> Result<bool> {
-        let mut completions = Few::<ibv_wc, CHAIN>::new();
+        let mut completions = ArrayVec::<ibv_wc, CHAIN>::new();
         loop {
             self.recv_cq.poll(&mut completions)?;
-            self.taken.extend_from_slice(completions.as_slice());
+            self.taken.extend_from_slice(&completions);
             if completions.len() < CHAIN {
                 return Ok(!self.taken.is_empty());
             }
@@ -196,15 +197,13 @@ impl Rail {
 
     /// Hands out completed receives, oldest first, in place of what is in `into`.
     #[inline]
-    pub fn poll<const N: usize>(&mut self, into: &mut Few<ibv_wc, N>) -> Result<()> {
+    pub fn poll<const N: usize>(&mut self, into: &mut ArrayVec<ibv_wc, N>) -> Result<()> {
         if self.taken.is_empty() {
             return self.recv_cq.poll(into);
         }
-        *into = Few::new();
+        into.clear();
         let got = N.min(self.taken.len());
-        for completion in self.taken.drain(..got) {
-            into.push(completion);
-        }
+        into.extend(self.taken.drain(..got));
         Ok(())
     }
 

@@ -360,7 +360,7 @@ fn a_bye_within_the_handshake_ends_it() {
         while host.transport.stats().protocol_errors == errors {
             assert!(start.elapsed() < Duration::from_secs(10));
             host.poll();
-            let _ = hand.link.receive(&mut Vec::new()).and_then(|()| hand.link.flush());
+            let _ = hand.link.receive(&mut Vec::new()).and_then(|_| hand.link.flush());
         }
     }
     assert_eq!((host.accepted(), host.closed()), (vec![], vec![]), "the owner hears nothing of strangers");
