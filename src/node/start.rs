@@ -15,7 +15,7 @@ use distkv_fabric::{Transport, Waker};
 
 use super::control_loop::{ClusterView, ControlLoop, NodeCommand, NodeLink};
 use super::datagrams::Datagrams;
-use super::transports::{self, FabricChoice};
+use super::transports::{self, FabricChoice, Transports};
 use crate::attention::creditor::{Creditor, CreditorStats};
 use crate::attention::debtor::{Debtor, DebtorConfig};
 use crate::attention::exchange::ExchangeStats;
@@ -414,7 +414,10 @@ impl Assembly {
         let security = transports::security(&key, &cluster, config.insecure_fabric);
         let (control, gossip) = listen(config.fabric_listen, &security)?;
         let options = Options { security: security.clone(), rdma: config.rdma.clone() };
-        let creditors = config.fabric.open(config.fabric_listen.ip(), &options, config.require_rdma)?;
+        let (creditors, left_out) = config.fabric.open(config.fabric_listen.ip(), &options, config.require_rdma)?;
+        for error in left_out {
+            tracing::info!(%error, "this transport is left out; distkv doctor says more");
+        }
         let (commands, inbox) = mpsc::channel();
         let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64);
         let profile = Profile {
@@ -444,9 +447,9 @@ impl Assembly {
     }
 
     /// The engine's transports: as the creditors' are.
-    fn transports(&self, config: &NodeConfig) -> Result<Vec<Box<dyn Transport>>, NodeError> {
+    fn transports(&self, config: &NodeConfig) -> Result<Transports, NodeError> {
         let options = Options { security: self.security.clone(), rdma: config.rdma.clone() };
-        Ok(config.fabric.open(config.fabric_listen.ip(), &options, config.require_rdma)?)
+        Ok(config.fabric.open(config.fabric_listen.ip(), &options, config.require_rdma)?.0)
     }
 
     fn finish(

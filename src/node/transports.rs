@@ -19,6 +19,9 @@ pub fn security(key: &[u8; KEY_BYTES], cluster: &[u8; 16], insecure: bool) -> Se
     Security::Sealed(Secret::new(*secret.finalize().as_bytes()))
 }
 
+/// Transports, the preferred one first.
+pub type Transports = Vec<Box<dyn Transport>>;
+
 /// `--fabric`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum FabricChoice {
@@ -37,9 +40,9 @@ pub enum FabricChoice {
 
 impl FabricChoice {
     /// New transports, the preferred one first: one set for the engine's lanes,
-    /// another for the creditors. What the machine lacks is left out of `Auto`
-    /// and said in the log; with `require_rdma` it is an error.
-    pub fn open(self, host: IpAddr, options: &Options, require_rdma: bool) -> Result<Vec<Box<dyn Transport>>> {
+    /// another for the creditors; and why `Auto` has left out what the machine
+    /// lacks. With `require_rdma` that is an error.
+    pub fn open(self, host: IpAddr, options: &Options, require_rdma: bool) -> Result<(Transports, Vec<Error>)> {
         let kinds: &[Kind] = match self {
             Self::Auto => &[Kind::Shm, Kind::Verbs, Kind::Tcp],
             Self::Verbs => &[Kind::Verbs],
@@ -51,17 +54,17 @@ impl FabricChoice {
             let because = "RDMA is required, and --fabric leaves it out".to_string();
             return Err(Error::Unavailable { transport: "verbs", because });
         }
-        let mut transports = Vec::new();
+        let (mut transports, mut left_out) = (Vec::new(), Vec::new());
         for kind in kinds {
             match kind.bind(SocketAddr::new(host, 0), options) {
                 Ok(transport) => transports.push(transport),
                 Err(error @ Error::Unavailable { .. }) if self == Self::Auto && !require_rdma => {
-                    tracing::info!(%error, "this transport is left out; distkv doctor says more");
+                    left_out.push(error);
                 }
                 Err(error) => return Err(error),
             }
         }
-        Ok(transports)
+        Ok((transports, left_out))
     }
 }
 
@@ -83,13 +86,14 @@ mod tests {
     fn rdma_that_is_required_is_there_or_an_error() {
         let open = |choice: FabricChoice, required| {
             let transports = choice.open([127, 0, 0, 1].into(), &Security::Insecure.into(), required);
-            transports.map(|t| t.iter().map(|t| t.name()).collect::<Vec<_>>())
+            transports.map(|(t, left_out)| (t.iter().map(|t| t.name()).collect::<Vec<_>>(), left_out))
         };
         let has_rdma = Kind::Verbs.bind(([127, 0, 0, 1], 0).into(), &Security::Insecure.into()).is_ok();
         assert_eq!(open(FabricChoice::Auto, true).is_ok(), has_rdma);
         assert_eq!(open(FabricChoice::Verbs, false).is_ok(), has_rdma);
-        let auto = open(FabricChoice::Auto, false).unwrap();
+        let (auto, left_out) = open(FabricChoice::Auto, false).unwrap();
         assert_eq!((auto.contains(&"verbs"), auto.last()), (has_rdma, Some(&"tcp")));
+        assert_eq!(left_out.is_empty(), has_rdma, "{left_out:?}");
         let left_out = open(FabricChoice::Tcp, true).unwrap_err().to_string();
         assert!(left_out.contains("--fabric leaves it out"), "{left_out}");
     }
