@@ -30,6 +30,7 @@ pub struct Report {
     title: String,
     latencies: Vec<Latency>,
     figures: Vec<Figure>,
+    notes: Vec<String>,
 }
 
 /// A distribution of durations in nanoseconds.
@@ -59,7 +60,7 @@ const PERCENTILES: [(&str, f64); 4] = [("p50", 0.5), ("p90", 0.9), ("p99", 0.99)
 impl Report {
     /// An empty report.
     pub fn new(title: impl Into<String>) -> Self {
-        Self { title: title.into(), latencies: Vec::new(), figures: Vec::new() }
+        Self { title: title.into(), latencies: Vec::new(), figures: Vec::new(), notes: Vec::new() }
     }
 
     /// Adds a distribution of durations in ns.
@@ -76,6 +77,11 @@ impl Report {
     /// Adds a single figure.
     pub fn figure(&mut self, name: impl Into<String>, value: f64, unit: impl Into<String>) {
         self.figures.push(Figure { name: name.into(), value, unit: unit.into() });
+    }
+
+    /// Says something about the run that no figure says.
+    pub fn note(&mut self, what: impl Into<String>) {
+        self.notes.push(what.into());
     }
 
     /// Prints the table and writes the files that `output` asks for.
@@ -135,6 +141,10 @@ impl Report {
                 let _ = writeln!(text, "{what:name$}  {:>12} {unit}", short(*value));
             }
         }
+        if !self.notes.is_empty() {
+            text.push('\n');
+            self.notes.iter().for_each(|note| text.extend([note, "\n"]));
+        }
         text
     }
 
@@ -143,7 +153,7 @@ impl Report {
         let latencies: Vec<_> = self.latencies.iter().map(Latency::to_json).collect();
         let figures: Vec<_> =
             self.figures.iter().map(|f| json!({ "name": f.name, "value": f.value, "unit": f.unit })).collect();
-        json!({ "title": self.title, "latencies": latencies, "figures": figures })
+        json!({ "title": self.title, "latencies": latencies, "figures": figures, "notes": self.notes })
     }
 
     fn write_hgrm(&self, path: &Path) -> Result<()> {
@@ -287,6 +297,7 @@ mod tests {
         h.record(5_000_000).unwrap();
         report.latency("shm", h);
         report.figure("ratio", 1.0625, "×");
+        report.note("shm: not measured");
         report
     }
 
@@ -299,6 +310,7 @@ mod tests {
         assert_eq!(ends(lines[2]), ends(lines[3]), "{table}");
         assert!(lines[3].contains("5.00") && lines[4].contains("5001"), "{table}");
         assert!(table.contains("ratio") && table.contains("1.062 ×"), "{table}");
+        assert!(table.ends_with("\nshm: not measured\n"), "{table}");
     }
 
     #[test]
@@ -311,6 +323,7 @@ mod tests {
         let json: Value = serde_json::from_str(&read("r.json")).unwrap();
         assert_eq!(json["latencies"][0]["count"], 10_000);
         assert_eq!(json["figures"][0]["value"], 1.0625);
+        assert_eq!(json["notes"][0], "shm: not measured");
         let hgrm = read("r.tcp-64-B.hgrm");
         assert!(hgrm.lines().any(|line| line.contains(" 0.500000000000 ") && line.contains("5000")), "{hgrm}");
         assert!(hgrm.contains("Total count    =        10000"), "{hgrm}");
