@@ -8,20 +8,22 @@ use super::greeter::Greeter;
 use super::inbox::Inbox;
 use super::io::receive;
 use super::outbox::{Outbox, Outgoing};
-use super::sealing::lead;
-use crate::frame::{self, WriteFrame};
+use super::sealing::{ALIGN, lead};
+use crate::frame::{self, WRITE_HEADER, WriteFrame};
 use crate::regions::Regions;
+use crate::secure::record::HEADER;
 use crate::secure::{Kind, Opener, Refused};
 use crate::{Address, Error, Event, PeerId, QUEUE_LIMIT, Result, Write};
 
 /// Bytes received in one call besides those that go straight to a region. Long
-/// enough for many small frames, short enough that the start of a long write
-/// that lands in it costs little to move.
-const BUFFER: usize = 16 << 10;
+/// enough for a write of 64 KiB with its header: to move it from here costs less
+/// than a second call for what would go straight.
+const BUFFER: usize = (64 << 10) + 1024;
 
-/// Where records come that are longer than that: room for some of them, since
-/// the start of the last has to be moved.
+/// Where records come that are longer than [`LONG_RECORD`]: room for some of
+/// them, since the start of the last has to be moved.
 const LONG_BUFFER: usize = 256 << 10;
+const LONG_RECORD: usize = 16 << 10;
 
 /// Most bytes taken from one connection in one poll, so that it does not keep
 /// the others waiting.
@@ -73,6 +75,8 @@ impl Connection {
     /// A connection of which nothing is exchanged yet; `greeting` is to be sent
     /// first. A `target` if it is we who connect.
     pub fn new(socket: OwnedFd, target: Option<Address>, greeter: Greeter, greeting: Vec<u8>, until: Instant) -> Self {
+        let buffer = vec![0; BUFFER + ALIGN];
+        let lead = lead(&buffer, WRITE_HEADER);
         Self {
             socket,
             phase: Phase::Greeting { until },
@@ -82,10 +86,10 @@ impl Connection {
             greeting,
             outbox: Outbox::default(),
             broken: None,
-            buffer: vec![0; BUFFER],
-            start: 0,
-            end: 0,
-            lead: 0,
+            buffer,
+            start: lead,
+            end: lead,
+            lead,
             opener: None,
             inbox: Inbox::default(),
             ready: false,
@@ -304,9 +308,9 @@ impl Connection {
             self.start += opened.taken;
         }
         let wanted = opener.length(&self.buffer[self.start..self.end]).map_err(Error::Refused)?;
-        if wanted.is_some_and(|wanted| self.lead + wanted > self.buffer.len()) {
+        if wanted.is_some_and(|wanted| wanted > LONG_RECORD) && self.buffer.len() < LONG_BUFFER {
             self.buffer.resize(LONG_BUFFER, 0);
-            self.lead = lead(&self.buffer);
+            self.lead = lead(&self.buffer, HEADER + WRITE_HEADER);
         }
         Ok(())
     }
@@ -326,6 +330,7 @@ impl Connection {
             if let Some((sealer, opener)) = greeted.keys {
                 self.outbox.seal_with(sealer);
                 self.opener = Some(opener);
+                self.lead = lead(&self.buffer, HEADER + WRITE_HEADER);
             }
             if self.target.is_some() {
                 sink(Event::Connected { peer });

@@ -22,7 +22,7 @@ use crate::secure::{MAX_PLAIN, Sealer};
 
 /// Payloads up to this are copied behind their header and sent as one run: the
 /// copy costs less than what the kernel spends on a list of two.
-const SMALL: usize = 1024;
+const SMALL: usize = 4 << 10;
 
 /// Most bytes of a source offered to the socket in one call.
 const SLICE: usize = 1 << 20;
@@ -70,6 +70,8 @@ pub(super) struct Outbox {
     unfinished: bool,
     /// The record under way, on a sealed connection.
     sealing: Option<Box<Sealing>>,
+    /// Where small payloads are copied behind their header.
+    run: Vec<u8>,
 }
 
 impl Outbox {
@@ -125,6 +127,15 @@ impl Outbox {
         self.queue.push_back(Queued { item: Item::Write(write), sent });
     }
 
+    /// `len` bytes of `run`, which is as long as the longest was: nothing is
+    /// cleared before each use.
+    fn room(run: &mut Vec<u8>, len: usize) -> &mut [u8] {
+        if run.len() < len {
+            run.resize(len, 0);
+        }
+        &mut run[..len]
+    }
+
     /// Sends a message now; queues what the socket does not take. The queue is
     /// empty.
     pub fn send_message(&mut self, socket: BorrowedFd<'_>, payload: &[u8]) -> io::Result<()> {
@@ -148,10 +159,10 @@ impl Outbox {
             return Ok(());
         }
         let sent = if payload.len() <= SMALL {
-            let mut run = [0; MESSAGE_HEADER + SMALL];
+            let run = Self::room(&mut self.run, MESSAGE_HEADER + payload.len());
             run[..MESSAGE_HEADER].copy_from_slice(&header);
-            run[MESSAGE_HEADER..MESSAGE_HEADER + payload.len()].copy_from_slice(payload);
-            taken(send_run(socket, &run[..MESSAGE_HEADER + payload.len()]))?
+            run[MESSAGE_HEADER..].copy_from_slice(payload);
+            taken(send_run(socket, run))?
         } else {
             taken(send(socket, &[Part::Bytes(&header), Part::Bytes(payload)]))?
         };
@@ -172,7 +183,7 @@ impl Outbox {
         len: usize,
     ) -> io::Result<()> {
         if let Some(sealing) = &mut self.sealing {
-            sealing.begin(WRITE_HEADER + len);
+            sealing.begin_write(WRITE_HEADER + len);
             let header_len = sealing.pour(&header);
             let sealed = header_len + sealing.pour_region(memory, offset, len)?;
             sealing.seal()?;
@@ -186,10 +197,10 @@ impl Outbox {
             return Ok(());
         }
         let sent = if len <= SMALL {
-            let mut run = [0; WRITE_HEADER + SMALL];
+            let run = Self::room(&mut self.run, WRITE_HEADER + len);
             run[..WRITE_HEADER].copy_from_slice(&header);
-            memory.read(offset, &mut run[WRITE_HEADER..WRITE_HEADER + len]).map_err(io::Error::other)?;
-            taken(send_run(socket, &run[..WRITE_HEADER + len]))?
+            memory.read(offset, &mut run[WRITE_HEADER..]).map_err(io::Error::other)?;
+            taken(send_run(socket, run))?
         } else {
             let parts = [Part::Bytes(&header), Part::Region(memory, offset, len.min(SLICE))];
             taken(send(socket, &parts))?
@@ -246,7 +257,10 @@ impl Outbox {
                 break;
             }
         }
-        sealing.begin(wanted);
+        match self.queue.front() {
+            Some(Queued { item: Item::Write(_), .. }) => sealing.begin_write(wanted),
+            _ => sealing.begin(wanted),
+        }
         let mut sealed = 0;
         for queued in &self.queue {
             if sealing.left() < WRITE_HEADER && sealed > 0 {

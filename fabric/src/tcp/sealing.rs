@@ -22,12 +22,18 @@ use crate::secure::{Kind, MAX_PLAIN, OVERHEAD, Sealer};
 const SMALL: usize = 2048;
 
 /// Of a cache line, and of whatever is copied to and from registered memory.
-const ALIGN: usize = 64;
+pub(super) const ALIGN: usize = 64;
 
-/// Where a record is to begin in `memory`, at most [`ALIGN`] bytes on, so that
-/// the bytes of the write it begins with are aligned.
-pub(super) fn lead(memory: &[u8]) -> usize {
-    let payload = memory.as_ptr().addr() + HEADER + WRITE_HEADER;
+/// What a write has left and is longer than this, but would fit a record, goes
+/// in two: one is opened while the other is sealed and sent. Measured: 64 KiB
+/// there and back in 61 µs instead of 68, though each call more costs 3.4.
+/// Smaller records, or halves all along a long write, cost more than they save.
+const CUT: usize = 40 << 10;
+
+/// Where something is to begin in `memory`, less than [`ALIGN`] bytes on, so
+/// that the bytes of a write are aligned that come after `headers` bytes of it.
+pub(super) fn lead(memory: &[u8], headers: usize) -> usize {
+    let payload = memory.as_ptr().addr() + headers;
     payload.next_multiple_of(ALIGN) - payload
 }
 
@@ -36,8 +42,9 @@ pub(super) struct Sealing {
     room: Vec<u8>,
     /// Where records begin in it.
     lead: usize,
-    /// Content of the record in the making.
+    /// Content of the record in the making, and the most it takes.
     filled: usize,
+    most: usize,
     /// What the socket has not taken of the sealed one.
     start: usize,
     end: usize,
@@ -45,7 +52,7 @@ pub(super) struct Sealing {
 
 impl Sealing {
     pub fn new(sealer: Sealer) -> Self {
-        Self { sealer, room: Vec::new(), lead: 0, filled: 0, start: 0, end: 0 }
+        Self { sealer, room: Vec::new(), lead: 0, filled: 0, most: 0, start: 0, end: 0 }
     }
 
     /// Has the socket taken the whole record?
@@ -58,21 +65,30 @@ impl Sealing {
         self.end - self.start
     }
 
-    /// Begins a record for `content` bytes, or as many as a record holds.
+    /// Begins a record for `content` bytes of messages, or as many as a record
+    /// holds.
     pub fn begin(&mut self, content: usize) {
-        let wanted = content.min(MAX_PLAIN) + OVERHEAD;
+        self.most = content.min(MAX_PLAIN);
+        let wanted = self.most + OVERHEAD;
         if self.room.len() < self.lead + wanted {
             let size = wanted.next_power_of_two().clamp(SMALL, MAX_PLAIN + OVERHEAD);
             self.room = vec![0; size + ALIGN];
-            self.lead = lead(&self.room);
+            self.lead = lead(&self.room, HEADER + WRITE_HEADER);
             self.room.truncate(self.lead + size);
         }
         self.filled = 0;
     }
 
+    /// As [`begin`](Self::begin), for a write, which may be [`CUT`].
+    pub fn begin_write(&mut self, content: usize) {
+        let cut = content > CUT && content <= MAX_PLAIN;
+        // So that the second half is aligned like the first.
+        self.begin(if cut { (content / 2).next_multiple_of(ALIGN) } else { content });
+    }
+
     /// How much more the record holds.
     pub fn left(&self) -> usize {
-        self.room.len().saturating_sub(self.lead + OVERHEAD + self.filled)
+        self.most - self.filled
     }
 
     /// Pours in the front of `bytes`; returns how many.
