@@ -102,3 +102,33 @@ fn a_place_that_is_not_there_is_an_error() {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(stderr.contains("--near: there is no PCI device ffff:ff:1f.7"), "{stderr}");
 }
+
+#[test]
+fn where_gpu_memory_must_be_reached_nothing_starts_that_cannot() {
+    let folder = tempfile::tempdir().unwrap();
+    let library = made_up(folder.path());
+    // The second device registers no dmabufs.
+    let device = |name| ["--require-gpudirect", "--verbs-devices", name];
+    let sysfs = folder.path().join("sys");
+    let report = json(doctor(&library).arg("--sysfs").arg(&sysfs).args(device("fake_1")));
+    let because = transport(&report, "verbs")["because"].as_str().unwrap().to_string();
+    assert!(because.contains("fake_1:1: it reaches a GPU's memory by a copy through host memory only"), "{because}");
+    assert!(because.contains("the module nvidia_peermem is not loaded"), "{because}");
+    let report = json(doctor(&library).arg("--sysfs").arg(&sysfs).args(device("fake_0")));
+    assert_eq!(report["verbs"]["rails"][0]["device"], "fake_0", "by dmabuf");
+
+    let refused = |library: &Path| {
+        let mut node = Command::new(env!("CARGO_BIN_EXE_distkv"));
+        node.args(["serve", "--no-model", "--kv-memory", "1MiB", "--listen", "127.0.0.1:0"]);
+        let output = node.args(device("fake_1")).env("DISTKV_LIBIBVERBS", library).output().unwrap();
+        assert!(!output.status.success(), "it started");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let stderr = refused(Path::new("/nonexistent/libibverbs.so.1"));
+    assert!(stderr.contains("/nonexistent/libibverbs.so.1 cannot be opened"), "{stderr}");
+    // A machine that has the module can do more than is asked here.
+    if !["nvidia_peermem", "nv_peer_mem"].iter().any(|module| Path::new("/sys/module").join(module).exists()) {
+        let stderr = refused(&library);
+        assert!(stderr.contains("the module nvidia_peermem is not loaded"), "{stderr}");
+    }
+}

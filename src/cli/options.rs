@@ -238,7 +238,7 @@ impl FabricOptions {
             key,
             insecure_fabric: self.insecure_fabric,
             rdma: self.rdma.config()?,
-            require_rdma: self.require_rdma,
+            require_rdma: self.require_rdma || self.rdma.require_gpudirect,
             rank: 0,
             join: Vec::new(),
             fabric_listen,
@@ -278,6 +278,9 @@ pub struct RdmaOptions {
     /// InfiniBand service level, 0 to 15.
     #[arg(long, env = "DISTKV_VERBS_SERVICE_LEVEL", default_value_t = 0)]
     pub verbs_service_level: u8,
+    /// Start only where RDMA can be used and reaches a GPU's memory without a copy through the host's.
+    #[arg(long, env = "DISTKV_REQUIRE_GPUDIRECT")]
+    pub require_gpudirect: bool,
 }
 
 impl Default for RdmaOptions {
@@ -289,6 +292,7 @@ impl Default for RdmaOptions {
             verbs_gid_index: None,
             verbs_traffic_class: 0,
             verbs_service_level: 0,
+            require_gpudirect: false,
         }
     }
 }
@@ -303,6 +307,7 @@ impl RdmaOptions {
             gid_index: self.verbs_gid_index,
             traffic_class: self.verbs_traffic_class,
             service_level: self.verbs_service_level,
+            require_gpu_direct: self.require_gpudirect,
             ..VerbsConfig::default()
         };
         config.check()?;

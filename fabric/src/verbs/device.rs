@@ -43,6 +43,9 @@ pub struct VerbsConfig {
     pub max_rails: usize,
     /// What the rails should be close to.
     pub near: Near,
+    /// Only devices that reach a GPU's memory themselves, by dmabuf or
+    /// nvidia-peermem.
+    pub require_gpu_direct: bool,
 }
 
 impl Default for VerbsConfig {
@@ -60,6 +63,7 @@ impl Default for VerbsConfig {
             timeout: 14,
             max_rails: 1,
             near: Near::Anywhere,
+            require_gpu_direct: false,
         }
     }
 }
@@ -219,6 +223,15 @@ pub struct Device {
     pub ports: Vec<Port>,
     /// Does it register dmabufs?
     pub dmabuf: DmabufSupport,
+    /// Is a module loaded that lets GPU addresses be registered?
+    pub peermem: bool,
+}
+
+impl Device {
+    /// How it reaches a GPU's memory.
+    pub fn gpu_direct(&self) -> GpuDirect {
+        GpuDirect::choose(&self.dmabuf, self.peermem)
+    }
 }
 
 /// All of the machine's devices.
@@ -248,7 +261,8 @@ fn look(lib: &'static Lib, sysfs: &Path, name: &str, transport: Transport) -> Re
     let count = context.attributes()?.phys_port_cnt;
     let ports = (1..=count).map(|number| context.port(number, sysfs)).collect::<Result<_>>()?;
     let dmabuf = Pd::new(&context)?.dmabuf();
-    Ok(Device { name: name.to_string(), transport, place: Place::of_nic(sysfs, name), ports, dmabuf })
+    let (place, peermem) = (Place::of_nic(sysfs, name), peermem_loaded(sysfs));
+    Ok(Device { name: name.to_string(), transport, place, ports, dmabuf, peermem })
 }
 
 /// A port to be used.
@@ -320,6 +334,11 @@ fn rail(device: &Device, port: &Port, distance: Distance, config: &VerbsConfig) 
         Transport::InfiniBand => {}
         Transport::Iwarp => return Err("iWARP: only InfiniBand and RoCE are spoken here".into()),
         Transport::Other(number) => return Err(format!("transport {number}: it lacks InfiniBand's queue pairs")),
+    }
+    if config.require_gpu_direct
+        && let GpuDirect::Bounce { because } = device.gpu_direct()
+    {
+        return Err(format!("it reaches a GPU's memory by a copy through host memory only ({because})"));
     }
     if port.state != PortState::Active {
         return Err(format!("the port is {}", port.state));

@@ -4,9 +4,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use distkv_fabric::verbs::device::{
-    Device, GpuDirect, Place, Port, Rails, Transport, VerbsConfig, gid, peermem_loaded, rails, survey,
-};
+use distkv_fabric::verbs::device::{Device, GpuDirect, Place, Port, Rails, Transport, VerbsConfig, gid, rails, survey};
 use distkv_fabric::verbs::sys::Lib;
 use serde::Serialize;
 
@@ -94,9 +92,7 @@ pub fn look(sysfs: &Path, near: &Place, config: &VerbsConfig) -> Verbs {
         let folder = sysfs.join("class/infiniband");
         return Verbs::failed(format!("there is no RDMA device (none in {})", folder.display()));
     }
-    let peermem = peermem_loaded(sysfs);
-    let mut devices: Vec<DeviceLine> =
-        found.devices.iter().map(|device| DeviceLine::of(device, peermem, config)).collect();
+    let mut devices: Vec<DeviceLine> = found.devices.iter().map(|device| DeviceLine::of(device, config)).collect();
     devices.extend(found.failed.into_iter().map(|(name, error)| DeviceLine::unknown(name, error)));
     let Rails { chosen, passed_over } = rails(&found.devices, near, config);
     let rails = chosen.into_iter().map(|rail| RailLine {
@@ -162,8 +158,8 @@ impl Verbs {
 }
 
 impl DeviceLine {
-    fn of(device: &Device, peermem: bool, config: &VerbsConfig) -> Self {
-        let (gpu_direct, gpu_direct_because) = match GpuDirect::choose(&device.dmabuf, peermem) {
+    fn of(device: &Device, config: &VerbsConfig) -> Self {
+        let (gpu_direct, gpu_direct_because) = match device.gpu_direct() {
             GpuDirect::Dmabuf => ("dmabuf", None),
             GpuDirect::PeerMem => ("peermem", None),
             GpuDirect::Bounce { because } => ("bounce", Some(because)),

@@ -23,7 +23,14 @@ fn port(number: u8, link: Link, address: &str) -> Port {
 
 fn device(tree: &Tree, name: &str, ports: Vec<Port>) -> Device {
     let place = Place::of_nic(tree.root(), name);
-    Device { name: name.into(), transport: Transport::InfiniBand, place, ports, dmabuf: DmabufSupport::Yes }
+    Device {
+        name: name.into(),
+        transport: Transport::InfiniBand,
+        place,
+        ports,
+        dmabuf: DmabufSupport::Yes,
+        peermem: false,
+    }
 }
 
 /// Four InfiniBand NICs, one of them near the GPU 0000:18:00.0, and one
@@ -137,4 +144,20 @@ fn rates_as_sysfs_writes_them() {
     assert_eq!(parse_rate("400 Gb/sec (4X NDR)\n"), Some(400));
     assert_eq!(parse_rate("2.5 Gb/sec (1X SDR)\n"), Some(2));
     assert_eq!(parse_rate("unknown\n"), None);
+}
+
+#[test]
+fn where_gpu_memory_must_be_reached_a_device_that_copies_is_passed_over() {
+    let (_, mut devices) = machine();
+    let no = DmabufSupport::No { because: "the driver is old".into() };
+    devices.iter_mut().for_each(|device| device.dmabuf = no.clone());
+    devices[2].dmabuf = DmabufSupport::Yes;
+    let config = VerbsConfig { max_rails: 9, require_gpu_direct: true, ..VerbsConfig::default() };
+    let found = rails(&devices, &Place::default(), &config);
+    assert_eq!(chosen(&found), ["mlx5_2:1"]);
+    let (name, because) = &found.passed_over[0];
+    assert_eq!(name, "mlx5_10:1");
+    assert!(because.contains("the driver is old, and the module nvidia_peermem is not loaded"), "{because}");
+    devices.iter_mut().for_each(|device| device.peermem = true);
+    assert_eq!(rails(&devices, &Place::default(), &config).chosen.len(), 6, "the module serves every device");
 }
