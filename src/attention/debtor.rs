@@ -23,6 +23,7 @@ use super::exchange::{ExchangeStats, Stage};
 use super::fetch::{Landed, Slot, slots};
 use super::landing::{LANDING_SLOTS, Landing};
 use super::mailbox::{Geometry, Mailbox, SLOTS};
+use super::paths::Paths;
 use super::wire::{LaneHello, LaneMessage, MAX_PLACEMENTS, Placement, PlanEntry, SlotHeader, SlotNotify, StepPlan};
 use crate::device::{AttentionShape, Device};
 use crate::kv::pool::KvPool;
@@ -85,7 +86,9 @@ pub(super) struct Lane {
     pub(super) peer: PeerId,
     pub(super) state: LaneState,
     opened: Instant,
-    same_host: bool,
+    /// Where the creditor is reached.
+    pub(super) addresses: Vec<Address>,
+    pub(super) same_host: bool,
     query_key: RemoteKey,
     pool_key: RemoteKey,
     layer_stride: u64,
@@ -127,10 +130,11 @@ pub struct Debtor {
     pub(super) pool: Arc<KvPool>,
     pub(super) transports: Vec<(Box<dyn Transport>, RegionId)>,
     pub(super) lanes: BTreeMap<InstanceId, Lane>,
+    pub(super) paths: Paths,
     step: u64,
     /// Moves whose layers are written as the step computes them.
     streaming: Vec<BlockMove>,
-    lost: Vec<(InstanceId, String)>,
+    pub(super) lost: Vec<(InstanceId, String)>,
     pub(super) landed: Vec<Landed>,
     /// Until when the loans of each creditor are certainly in force.
     leases: BTreeMap<InstanceId, Instant>,
@@ -141,7 +145,7 @@ pub struct Debtor {
 
 impl Debtor {
     /// A debtor over `transports` (the first whose scheme fits an address is
-    /// used), borrowing for sequences whose local KV is in `pool`.
+    /// used, and where no lane opens over it the next), borrowing for sequences whose local KV is in `pool`.
     pub fn new(
         config: DebtorConfig,
         pool: Arc<KvPool>,
@@ -160,6 +164,7 @@ impl Debtor {
             pool,
             transports,
             lanes: BTreeMap::new(),
+            paths: Paths::default(),
             step: 0,
             streaming: Vec::new(),
             lost: Vec::new(),
@@ -171,35 +176,13 @@ impl Debtor {
         })
     }
 
-    /// Starts to open a lane to a creditor reached at one of `addresses`; does
-    /// nothing where one is open or opening. `same_host` says that its clock is
-    /// ours.
-    pub fn open(&mut self, creditor: InstanceId, addresses: &[Address], same_host: bool) {
-        match self.state(creditor) {
-            LaneState::Open | LaneState::Opening => return,
-            LaneState::Lost(_) => self.close(creditor),
-            LaneState::Absent => {}
-        }
-        match self.connect(addresses, same_host) {
-            Ok(lane) => {
-                self.lanes.insert(creditor, lane);
-            }
-            Err(error) => self.lost.push((creditor, format!("opening a lane: {error}"))),
-        }
-    }
-
-    fn connect(&mut self, addresses: &[Address], same_host: bool) -> distkv_fabric::Result<Lane> {
-        use distkv_fabric::Error;
-        let scheme = |a: &Address| a.0.split("://").next().unwrap_or_default().to_string();
-        let found = self
-            .transports
-            .iter()
-            .enumerate()
-            .find_map(|(i, (t, _))| addresses.iter().find(|a| scheme(a) == t.name()).map(|a| (i, a.clone())));
-        let Some((index, address)) = found else {
-            let first = addresses.first().cloned().unwrap_or(Address(String::new()));
-            return Err(Error::BadAddress(first, "no transport in common"));
-        };
+    pub(super) fn connect(
+        &mut self,
+        index: usize,
+        address: &Address,
+        addresses: &[Address],
+        same_host: bool,
+    ) -> distkv_fabric::Result<Lane> {
         let geometry = Geometry {
             heads: self.config.attention.heads,
             head_dim: self.config.attention.head_dim,
@@ -223,12 +206,17 @@ impl Debtor {
             landing_key: transport.remote_key(landing_region)?,
         }
         .encode(&mut hello);
-        let peer = transport.connect(&address, &hello)?;
+        let regions = [inbox_region, outbox_region, landing_region];
+        let peer = transport.connect(address, &hello).inspect_err(|_| {
+            // Registered just now.
+            regions.iter().for_each(|region| drop(transport.deregister(*region)));
+        })?;
         Ok(Lane {
             transport: index,
             peer,
             state: LaneState::Opening,
             opened: Instant::now(),
+            addresses: addresses.to_vec(),
             same_host,
             query_key: RemoteKey(Vec::new()),
             pool_key: RemoteKey(Vec::new()),
@@ -238,7 +226,7 @@ impl Debtor {
             outbox,
             landing,
             slots: slots(),
-            regions: [inbox_region, outbox_region, landing_region],
+            regions,
             placements: Vec::new(),
             plan: StepPlan::default(),
             rows: Vec::new(),
@@ -290,7 +278,7 @@ impl Debtor {
             if let Err(error) = polled {
                 let reason = error.to_string();
                 let here: Vec<_> = self.lanes.iter().filter(|(_, l)| l.transport == index).map(|(&c, _)| c).collect();
-                here.into_iter().for_each(|creditor| self.lose(creditor, &reason));
+                here.into_iter().for_each(|creditor| self.fail(creditor, &reason));
             }
         }
         self.events = events;
@@ -300,7 +288,7 @@ impl Debtor {
             .filter(|(_, l)| l.state == LaneState::Opening && l.opened.elapsed() > self.config.deadline)
             .map(|(&c, _)| c)
             .collect();
-        late.into_iter().for_each(|creditor| self.lose(creditor, "the lane did not open in time"));
+        late.into_iter().for_each(|creditor| self.fail(creditor, "the lane did not open in time"));
         let late = self.overdue_fetches();
         late.into_iter().for_each(|creditor| self.lose(creditor, "it did not give an rBlock back in time"));
     }
@@ -325,7 +313,7 @@ impl Debtor {
             Owned::Connected(_) => {}
             Owned::Landed(_, slot) => self.slot_filled(creditor, slot),
             Owned::Foreign(_) => self.lose(creditor, "it sent what does not belong on a lane"),
-            Owned::Closed(_, reason) => self.lose(creditor, &reason),
+            Owned::Closed(_, reason) => self.fail(creditor, &reason),
             Owned::Message(_, payload) => match LaneMessage::decode(&payload) {
                 Ok(LaneMessage::Accept { query_key, pool_key, blocks }) if lane.state == LaneState::Opening => {
                     lane.layer_stride = self.pool.shape().layer_bytes() as u64 * u64::from(blocks);

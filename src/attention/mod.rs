@@ -28,6 +28,7 @@ pub mod fetch;
 mod gap_tests;
 pub mod landing;
 pub mod mailbox;
+mod paths;
 pub mod wire;
 
 use crate::device::Device;

@@ -3,6 +3,7 @@
 #[path = "../common/cluster.rs"]
 mod cluster;
 mod moves;
+mod paths;
 #[path = "../../fabric/tests/software_hca/place.rs"]
 mod place;
 mod recovery;
