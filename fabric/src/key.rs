@@ -67,12 +67,17 @@ pub(crate) struct Key {
 
 impl Key {
     pub fn encode(&self, maker: Maker) -> RemoteKey {
-        let mut bytes = Vec::with_capacity(LEN);
-        bytes.extend([VERSION, maker as u8]);
-        bytes.extend(self.region.to_le_bytes());
-        bytes.extend(self.size.to_le_bytes());
-        bytes.extend(self.token.0);
-        RemoteKey(bytes)
+        RemoteKey(self.bytes(maker).into())
+    }
+
+    /// As it travels.
+    pub fn bytes(&self, maker: Maker) -> [u8; LEN] {
+        let mut bytes = [0; LEN];
+        bytes[..2].copy_from_slice(&[VERSION, maker as u8]);
+        bytes[2..6].copy_from_slice(&self.region.to_le_bytes());
+        bytes[6..14].copy_from_slice(&self.size.to_le_bytes());
+        bytes[14..].copy_from_slice(&self.token.0);
+        bytes
     }
 
     pub fn decode(bytes: &[u8], maker: Maker) -> Result<Self> {

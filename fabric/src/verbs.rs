@@ -37,6 +37,7 @@ mod queue;
 mod rail;
 mod receiver;
 mod receives;
+mod request;
 mod sender;
 pub mod sys;
 #[doc(hidden)]
@@ -425,21 +426,6 @@ impl VerbsTransport {
             stays
         });
     }
-
-    /// What a post came to: what the caller can mend is told, all else ends the
-    /// connection.
-    fn posted(&mut self, peer: PeerId, outcome: Result<()>) -> Result<()> {
-        let connection = self.peers.get_mut(peer)?;
-        match outcome {
-            Ok(()) => {}
-            Err(e @ (Error::Full { .. } | Error::UnknownPeer(_))) => return Err(e),
-            Err(e) => drop(connection.broken.get_or_insert(e)),
-        }
-        if connection.needs_attention() {
-            self.list(peer);
-        }
-        Ok(())
-    }
 }
 
 impl Drop for VerbsTransport {
@@ -493,7 +479,7 @@ impl Transport for VerbsTransport {
             connection.receiver.revoke(region.0);
         }
         for rail in &mut self.rails {
-            rail.regions.remove(&region.0);
+            rail.deregister(region);
         }
         Ok(())
     }
@@ -539,29 +525,34 @@ impl Transport for VerbsTransport {
         if payload.len() > MAX_SEND {
             return Err(Error::TooLong(payload.len()));
         }
-        let connection = self.peers.get_mut(peer)?;
+        let Self { peers, active, .. } = self;
+        let connection = peers.get_mut(peer)?;
         let posted = connection.sender(peer)?.send(peer, payload);
-        self.posted(peer, posted)
+        connection.posted(peer, posted, active)
     }
 
     fn write(&mut self, peer: PeerId, write: Write<'_>) -> Result<()> {
-        let connection = self.peers.get_mut(peer)?;
+        let Self { peers, rails, active, .. } = self;
+        let connection = peers.get_mut(peer)?;
+        let source = rails[connection.rail].source(write.local, write.local_offset, write.len)?;
+        match connection.sender(peer)?.write_at_once(source, &write) {
+            Ok(true) => return connection.posted(peer, Ok(()), active),
+            Ok(false) => {}
+            Err(error) => return connection.posted(peer, Err(error), active),
+        }
         let key = Key::decode(&write.remote.0, Maker::Verbs)?;
         key.check(write.remote_offset, write.len)?;
-        self.regions.source(write.local, write.local_offset, write.len)?;
-        let Some(source) = self.rails[connection.rail].regions.get(&write.local.0) else {
-            return Err(Error::UnknownRegion(write.local));
-        };
         let to = Outgoing {
             offset: write.local_offset,
             len: write.len,
             region: key.region,
             token: key.token,
+            region_size: key.size,
             remote_offset: write.remote_offset,
             notify: write.notify,
         };
         let posted = connection.sender(peer)?.write(peer, source, to);
-        self.posted(peer, posted)
+        connection.posted(peer, posted, active)
     }
 
     fn pending(&self, peer: PeerId) -> usize {

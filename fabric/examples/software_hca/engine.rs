@@ -322,6 +322,11 @@ impl Hca {
     }
 
     fn fail_by_peer(&mut self, number: u32, event: ibv_enum) {
+        let silent = self.qps.get(number).is_some_and(|qp| self.devices[qp.device].silent);
+        if silent {
+            self.enter(number, IBV_QPS_ERR);
+            return self.flush(number);
+        }
         self.tell_of(number, event);
         self.fail(number);
     }

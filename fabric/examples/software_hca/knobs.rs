@@ -44,6 +44,13 @@ extern "C" fn software_hca_hold(device: c_int, on: c_int) -> c_int {
     })
 }
 
+/// The device does not tell whose queue pair a peer has broken (rxe does not), or
+/// tells it again.
+#[unsafe(no_mangle)]
+extern "C" fn software_hca_silent(device: c_int, on: c_int) -> c_int {
+    change(device, |hca, at| set(hca, at, |device| device.silent = on != 0))
+}
+
 /// The device's port goes down or comes up; its contexts are told.
 #[unsafe(no_mangle)]
 extern "C" fn software_hca_port(device: c_int, up: c_int) -> c_int {

@@ -52,6 +52,8 @@ pub struct Device {
     pub cut: bool,
     /// Requests stay queued.
     pub held: bool,
+    /// Nobody is told that a peer has broken its queue pair.
+    pub silent: bool,
 }
 
 pub struct Context {
@@ -300,7 +302,7 @@ pub static ACKNOWLEDGED: Condvar = Condvar::new();
 pub fn lock() -> MutexGuard<'static, Hca> {
     static HCA: OnceLock<Mutex<Hca>> = OnceLock::new();
     let hca = HCA.get_or_init(|| {
-        let device = Device { up: true, cut: false, held: false };
+        let device = Device { up: true, cut: false, held: false, silent: false };
         Mutex::new(Hca { devices: vec![device; Settings::get().devices], ..Hca::default() })
     });
     hca.lock().unwrap_or_else(PoisonError::into_inner)

@@ -25,13 +25,16 @@ use super::sys::{
 use super::wire::{Control, Endpoint, Said};
 use crate::key::Token;
 use crate::regions::Regions;
-use crate::{Address, Error, Event, PeerId, Result};
+use crate::{Address, Error, Event, PeerId, RegionId, Result};
 
 /// How long the last posts of a peer that said bye may take.
 pub const LAST_POSTS: Duration = Duration::from_secs(2);
 
 /// What may have happened where the peer closed without a word.
 const CLOSED: &str = "closed during the handshake: has it another cluster key, or no RDMA port that is up?";
+
+/// What breaks a queue pair from the other side.
+const DENIED: &str = "a request that our device refused: a write that its key does not allow, or a malformed one";
 
 /// How far a connection has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,6 +140,23 @@ impl Connection {
             Some(sender) => Ok(sender),
             None => Err(Error::UnknownPeer(peer)),
         }
+    }
+
+    /// What a post came to: what the caller can mend is told, all else ends the
+    /// connection. Put on the list if there is something to do for it; whatever
+    /// else needs attention was listed when it came up.
+    #[inline]
+    pub fn posted(&mut self, peer: PeerId, outcome: Result<()>, active: &mut Vec<PeerId>) -> Result<()> {
+        match outcome {
+            Ok(()) => {}
+            Err(e @ (Error::Full { .. } | Error::UnknownPeer(_))) => return Err(e),
+            Err(e) => drop(self.broken.get_or_insert(e)),
+        }
+        let attend = self.broken.is_some() || self.sender.as_ref().is_some_and(Sender::needs_attention);
+        if attend && !std::mem::replace(&mut self.listed, true) {
+            active.push(peer);
+        }
+        Ok(())
     }
 
     /// Is there something to do even if nothing arrives?
@@ -272,8 +292,16 @@ impl Connection {
             }
             // A bye was the last word: the posts before it are still awaited.
             Err(_) if matches!(self.phase, Phase::Ending { .. }) => Ok(()),
+            Err(Error::PeerGone) if self.is_broken_by_peer() => Err(Error::Protocol(DENIED.into())),
             Err(e) => Err(self.gone(e)),
         }
+    }
+
+    /// Has the peer closed after its request had broken our queue pair? Not every
+    /// device tells of that (rxe does not).
+    fn is_broken_by_peer(&mut self) -> bool {
+        let Some(sender) = self.sender.as_mut().filter(|_| self.phase == Phase::Open) else { return false };
+        matches!(sender.reap(), Ok(Ok(()))) && sender.queue.was_ended_by_peer()
     }
 
     /// The reason as the owner is to hear it: nobody was reached while the
@@ -332,7 +360,7 @@ impl Connection {
             }
             Control::Open { region, token } if !greeting => {
                 let rail = &rails[self.rail];
-                let registered = rail.regions.get(&region);
+                let registered = rail.registered(RegionId(region));
                 let device = (regions, &rail.pd, rail.windows);
                 self.receiver.open(region, Token(token), device, registered)?;
                 Ok(Became::Same)

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use arrayvec::ArrayVec;
 
 use super::device::{Context, Mr, Pd, check, mtu_number};
+use super::request::Request;
 use super::sys::*;
 use super::wire::Endpoint;
 use crate::{Error, Result};
@@ -234,7 +235,8 @@ impl Window {
         self.rkey
     }
 
-    fn bind(&self) -> ibv_wr_bind_mw {
+    /// What a request binds.
+    pub(super) fn bind(&self) -> ibv_wr_bind_mw {
         let bind_info = ibv_mw_bind_info {
             mr: self.mr.raw(),
             addr: self.mr.address(),
@@ -250,67 +252,6 @@ impl Drop for Window {
         // SAFETY: made by `new`. A bind of it that is still queued fails.
         unsafe { dealloc_mw(self.raw) };
     }
-}
-
-/// What a request does.
-#[derive(Clone, Copy)]
-pub enum Work<'a> {
-    /// Places bytes at the peer.
-    Write {
-        /// Where.
-        address: u64,
-        /// With which key.
-        rkey: u32,
-        /// Takes one of the peer's receives and tells it this.
-        immediate: Option<u32>,
-    },
-    /// Fills one of the peer's receives and tells it this.
-    Send {
-        /// The immediate.
-        immediate: u32,
-    },
-    /// Makes a window usable by the peer.
-    Bind(&'a Window),
-}
-
-/// Where a request's bytes are.
-#[derive(Clone, Copy)]
-pub enum Source<'a> {
-    /// No bytes.
-    Nothing,
-    /// Copied during the call; at most [`Qp::inline`] bytes.
-    Inline(&'a [u8]),
-    /// As `Inline`, of memory that others may write meanwhile.
-    InlineFrom {
-        /// Its registration.
-        mr: &'a Mr,
-        /// First byte.
-        offset: u64,
-        /// Bytes.
-        len: u32,
-    },
-    /// Read by the device until the completion.
-    Registered {
-        /// The registration.
-        mr: &'a Mr,
-        /// First byte.
-        offset: u64,
-        /// Bytes.
-        len: u32,
-    },
-}
-
-/// A request for the send queue.
-#[derive(Clone, Copy)]
-pub struct Request<'a> {
-    /// Comes back with its completion.
-    pub id: u64,
-    /// What.
-    pub work: Work<'a>,
-    /// Of which bytes.
-    pub source: Source<'a>,
-    /// Completes even if nothing goes wrong.
-    pub signalled: bool,
 }
 
 /// How packets find the peer.
@@ -474,69 +415,50 @@ impl Qp {
         self.modify("ending a queue pair", attr, IBV_QP_STATE)
     }
 
+    /// Is it in the error state?
+    pub fn has_ended(&self) -> bool {
+        let mut attr = ibv_qp_attr::default();
+        let mut init = MaybeUninit::<ibv_qp_init_attr>::uninit();
+        let query = self.pd.context().lib().ibv_query_qp;
+        // SAFETY: alive; both are written during the call only, and the second is
+        // not read.
+        let told = unsafe { query(self.raw, &mut attr, IBV_QP_STATE, init.as_mut_ptr()) };
+        told == 0 && attr.qp_state == IBV_QPS_ERR
+    }
+
     /// Posts up to [`CHAIN`] requests with one call. The caller has made sure
     /// that the queue has room, and ranges are inside their registrations.
-    #[inline]
     pub fn post(&self, requests: &[Request<'_>]) -> Result<()> {
         debug_assert!(requests.len() <= CHAIN);
+        if requests.is_empty() {
+            return Ok(());
+        }
         let mut runs = [const { MaybeUninit::<ibv_sge>::uninit() }; CHAIN];
         let mut chain = [const { MaybeUninit::<ibv_send_wr>::uninit() }; CHAIN];
         let (run, first) = (runs.as_mut_ptr().cast::<ibv_sge>(), chain.as_mut_ptr().cast::<ibv_send_wr>());
         for (i, request) in requests.iter().take(CHAIN).enumerate() {
-            let mut send_flags = if request.signalled { IBV_SEND_SIGNALED } else { 0 };
-            let (sge, num_sge) = match request.source {
-                Source::Nothing => (ibv_sge::default(), 0),
-                Source::Inline(bytes) => {
-                    send_flags |= IBV_SEND_INLINE;
-                    (ibv_sge { addr: bytes.as_ptr().addr() as u64, length: bytes.len() as u32, lkey: 0 }, 1)
-                }
-                Source::InlineFrom { mr, offset, len } => {
-                    send_flags |= IBV_SEND_INLINE;
-                    (ibv_sge { addr: mr.address() + offset, length: len, lkey: mr.lkey() }, 1)
-                }
-                Source::Registered { mr, offset, len } => {
-                    (ibv_sge { addr: mr.address() + offset, length: len, lkey: mr.lkey() }, 1)
-                }
-            };
-            let nowhere = ibv_wr_target { rdma: ibv_wr_rdma { remote_addr: 0, rkey: 0 } };
-            // Not every request has it, and all zeroes is a value of it.
-            let mut extra = ibv_wr_extra { tso: ibv_wr_tso { hdr: ptr::null_mut(), hdr_sz: 0, mss: 0 } };
-            let (opcode, imm_data, wr) = match request.work {
-                Work::Write { address, rkey, immediate } => {
-                    let wr = ibv_wr_target { rdma: ibv_wr_rdma { remote_addr: address, rkey } };
-                    match immediate {
-                        Some(immediate) => (IBV_WR_RDMA_WRITE_WITH_IMM, immediate.to_be(), wr),
-                        None => (IBV_WR_RDMA_WRITE, 0, wr),
-                    }
-                }
-                Work::Send { immediate } => (IBV_WR_SEND_WITH_IMM, immediate.to_be(), nowhere),
-                Work::Bind(window) => {
-                    extra = ibv_wr_extra { bind_mw: window.bind() };
-                    (IBV_WR_BIND_MW, 0, nowhere)
-                }
-            };
             // SAFETY: `i` is below CHAIN, the length of both arrays, and
             // neither is reached in another way until the call is over.
             unsafe {
-                run.add(i).write(sge);
                 let next = if i + 1 < requests.len().min(CHAIN) { first.add(i + 1) } else { ptr::null_mut() };
-                first.add(i).write(ibv_send_wr {
-                    wr_id: request.id,
-                    next,
-                    sg_list: run.add(i),
-                    num_sge,
-                    opcode,
-                    send_flags,
-                    imm_data,
-                    wr,
-                    xrc_remote_srqn: 0,
-                    extra,
-                });
+                request.lay_out(run.add(i), first.add(i), next);
             }
         }
-        if requests.is_empty() {
-            return Ok(());
-        }
+        self.post_chain(first)
+    }
+
+    /// As [`post`](Self::post), one.
+    #[inline(always)]
+    pub fn post_one(&self, request: &Request<'_>) -> Result<()> {
+        let mut run = MaybeUninit::<ibv_sge>::uninit();
+        let mut first = MaybeUninit::<ibv_send_wr>::uninit();
+        // SAFETY: neither is reached in another way until the call is over.
+        unsafe { request.lay_out(run.as_mut_ptr(), first.as_mut_ptr(), ptr::null_mut()) };
+        self.post_chain(first.as_mut_ptr())
+    }
+
+    #[inline(always)]
+    fn post_chain(&self, first: *mut ibv_send_wr) -> Result<()> {
         let mut bad = ptr::null_mut();
         // SAFETY: alive; the chain and inline bytes are there for the call; all
         // else the device reads through its registrations, which check it.

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use arrayvec::ArrayVec;
 
-use super::objects::{CHAIN, Channel, Cq, Path, Qp, Request, Source, Srq, Work};
+use super::objects::{CHAIN, Channel, Cq, Path, Qp, Srq};
+use super::request::{Request, Source, Work};
 use super::sys::{IBV_WC_SUCCESS, IBV_WC_WR_FLUSH_ERR, ibv_wc};
 use super::wire::Endpoint;
 use crate::Result;
@@ -39,13 +40,16 @@ pub struct Failed(pub u32);
 pub struct SendQueue {
     qp: Qp,
     cq: Arc<Cq>,
-    /// By the request's number, modulo the depth.
+    /// By the request's number, modulo its length, a power of two that is not below
+    /// the depth.
     held: Box<[Holds]>,
     posted: u64,
     done: u64,
     /// Requests since the last signalled one.
     quiet: u32,
     failed: Option<Failed>,
+    /// It was we who ended it.
+    ended: bool,
 }
 
 /// Several requests that are posted with one call.
@@ -84,8 +88,8 @@ impl SendQueue {
         // One more: a queue that is exactly full has been taken for overrun.
         let cq = Arc::new(Cq::new(channel, depth + 1)?);
         let qp = Qp::new(pd, srq, &cq, recv_cq, depth)?;
-        let held = vec![Holds::default(); qp.depth as usize].into();
-        Ok(Self { qp, cq, held, posted: 0, done: 0, quiet: 0, failed: None })
+        let held = vec![Holds::default(); (qp.depth as usize).next_power_of_two()].into();
+        Ok(Self { qp, cq, held, posted: 0, done: 0, quiet: 0, failed: None, ended: false })
     }
 
     /// The queue pair's number.
@@ -109,13 +113,20 @@ impl SendQueue {
     }
 
     /// Ends it: what is queued fails.
-    pub fn fail(&self) -> Result<()> {
+    pub fn fail(&mut self) -> Result<()> {
+        self.ended = true;
         self.qp.fail()
+    }
+
+    /// Has the device ended it for what the peer asked of it? Nothing of ours has
+    /// failed, as far as [`reap`](Self::reap) has seen, and we have not ended it.
+    pub fn was_ended_by_peer(&self) -> bool {
+        self.failed.is_none() && !self.ended && self.qp.has_ended()
     }
 
     /// Requests that may be posted now.
     pub fn room(&self) -> usize {
-        self.held.len() - (self.posted - self.done) as usize
+        self.qp.depth as usize - (self.posted - self.done) as usize
     }
 
     /// Was a request found to have failed?
@@ -137,15 +148,17 @@ impl SendQueue {
         self.qp.post(&batch.requests)
     }
 
-    /// Posts one request; there is [`room`](Self::room) for it.
-    #[inline]
+    /// Posts one request; there is [`room`](Self::room) for it. In line with its
+    /// caller, who knows what it is: nothing is asked of it then.
+    #[inline(always)]
     pub fn post_one(&mut self, work: Work<'_>, source: Source<'_>, holds: Holds) -> Result<()> {
         debug_assert!(self.room() > 0);
         let (id, signalled) = self.hold(holds);
-        self.qp.post(&[Request { id, work, source, signalled }])
+        self.qp.post_one(&Request { id, work, source, signalled })
     }
 
     /// The next request holds this: its number, and whether it is signalled.
+    #[inline(always)]
     fn hold(&mut self, holds: Holds) -> (u64, bool) {
         self.quiet += 1;
         // What somebody waits for is signalled, and every so often another,
@@ -155,10 +168,16 @@ impl SendQueue {
             self.quiet = 0;
         }
         let id = self.posted;
-        let at = (id % self.held.len() as u64) as usize;
+        let at = self.place(id);
         self.held[at] = holds;
         self.posted += 1;
         (id, signalled)
+    }
+
+    /// Where a request's holds are.
+    #[inline]
+    fn place(&self, id: u64) -> usize {
+        id as usize & (self.held.len() - 1)
     }
 
     /// Sees to it that the last request will be known to be done: where it was
@@ -192,7 +211,8 @@ impl SendQueue {
                 // The number is ours; a device that made one up would only be
                 // believed as far as what was posted.
                 while self.done <= completion.wr_id && self.done < self.posted {
-                    free(std::mem::take(&mut self.held[(self.done % self.held.len() as u64) as usize]));
+                    let at = self.place(self.done);
+                    free(std::mem::take(&mut self.held[at]));
                     self.done += 1;
                 }
             }

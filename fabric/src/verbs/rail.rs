@@ -15,7 +15,7 @@ use super::receives::{PER_CONNECTION, Receives};
 use super::sender::Sender;
 use super::sys::{self, Lib, ibv_wc};
 use super::wire::Endpoint;
-use crate::{Access, Memory, PeerId, RegionId, Result};
+use crate::{Access, Error, Memory, PeerId, RegionId, Result};
 
 /// Requests of a connection's send queue.
 const SEND_DEPTH: u32 = 128;
@@ -58,8 +58,8 @@ pub struct Rail {
     path: Path,
     /// Keys can be bound to one queue pair.
     pub windows: bool,
-    /// Registrations of the transport's regions.
-    pub regions: ByNumber<Arc<Mr>>,
+    /// Registrations of the transport's regions, by their numbers.
+    regions: Vec<Option<Arc<Mr>>>,
     /// The connections by their queue pairs' numbers.
     pub peers: ByNumber<PeerId>,
     /// Nothing goes over it until the port is up again.
@@ -110,7 +110,7 @@ impl Rail {
             recv_cq,
             port,
             path,
-            regions: ByNumber::default(),
+            regions: Vec::new(),
             peers: ByNumber::default(),
             down: false,
             dead: false,
@@ -126,8 +126,35 @@ impl Rail {
             // The landing zone stands before a guarded region.
             Access::LocalOnly | Access::Guarded(_) => MrAccess::Local,
         };
-        self.regions.insert(region.0, Arc::new(Mr::register(&self.pd, memory, flags)?));
+        let registered = Arc::new(Mr::register(&self.pd, memory, flags)?);
+        let at = region.0 as usize;
+        self.regions.resize_with(self.regions.len().max(at + 1), || None);
+        self.regions[at] = Some(registered);
         Ok(())
+    }
+
+    /// Forgets a region.
+    pub fn deregister(&mut self, region: RegionId) {
+        if let Some(registered) = self.regions.get_mut(region.0 as usize) {
+            *registered = None;
+        }
+    }
+
+    /// A region's registration, if there is such a region.
+    #[inline]
+    pub fn registered(&self, region: RegionId) -> Option<&Arc<Mr>> {
+        self.regions.get(region.0 as usize)?.as_ref()
+    }
+
+    /// The registration of a source range, if there is such a range.
+    #[inline]
+    pub fn source(&self, region: RegionId, offset: u64, len: u64) -> Result<&Arc<Mr>> {
+        let Some(registered) = self.registered(region) else { return Err(Error::UnknownRegion(region)) };
+        let size = registered.len() as u64;
+        if offset.checked_add(len).is_none_or(|end| end > size) {
+            return Err(Error::OutOfRange { offset, len, size });
+        }
+        Ok(registered)
     }
 
     /// A queue pair for a new connection, and our end of it.
@@ -153,7 +180,7 @@ impl Rail {
     /// Connects a queue pair to the peer's.
     pub fn join(&self, sender: &mut Sender, peer: &Endpoint, first_psn: u32) -> Result<()> {
         if peer.ethernet != (self.port.link == Link::Ethernet) {
-            return Err(crate::Error::Protocol("the peer's port is of another link layer".into()));
+            return Err(Error::Protocol("the peer's port is of another link layer".into()));
         }
         sender.queue.join(&self.path, peer, first_psn)?;
         sender.grant(peer.credits, peer.buffer);
@@ -162,7 +189,7 @@ impl Rail {
 
     /// Ends a connection's queue pair. What it has received is not lost with it:
     /// a device takes back its completions, and would keep the receives.
-    pub fn leave(&mut self, sender: Sender) {
+    pub fn leave(&mut self, mut sender: Sender) {
         let number = sender.queue.number();
         self.peers.remove(&number);
         // Only a device that is broken refuses.

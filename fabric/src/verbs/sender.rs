@@ -7,12 +7,13 @@ use std::sync::Arc;
 
 use super::device::{Mr, MrAccess, Pd};
 use super::landing::Zone;
-use super::objects::{CHAIN, Source, Work};
+use super::objects::CHAIN;
 use super::queue::{Batch, Failed, Holds, SendQueue};
 use super::receives::BUFFER;
+use super::request::{Source, Work};
 use super::wire::{LANDED, Landed, Said, Target};
-use crate::key::Token;
-use crate::{Error, Memory, Notify, PeerId, QUEUE_LIMIT, Result};
+use crate::key::{self, Key, Maker, Token};
+use crate::{Error, Memory, Notify, PeerId, QUEUE_LIMIT, Result, Write};
 
 /// Pieces of messages that can be under way: slots of the send ring.
 const RING: usize = 32;
@@ -34,6 +35,8 @@ pub struct Outgoing {
     pub len: u64,
     pub region: u32,
     pub token: Token,
+    /// As its key tells it.
+    pub region_size: u64,
     pub remote_offset: u64,
     pub notify: Option<Notify>,
 }
@@ -52,6 +55,8 @@ enum Progress<N> {
 
 /// A region of the peer's, as far as it was opened.
 struct Opening {
+    /// Its key, as the peer exported it.
+    key: [u8; key::LEN],
     region: u32,
     token: Token,
     target: Option<Place>,
@@ -210,6 +215,35 @@ impl Sender {
         Ok(())
     }
 
+    /// Posts a write in one request, if the peer's region is open and there is
+    /// room. False: it has not done anything, and [`write`](Self::write) has to.
+    #[inline]
+    pub fn write_at_once(&mut self, mr: &Mr, write: &Write<'_>) -> Result<bool> {
+        let Ok(key) = <&[u8; key::LEN]>::try_from(&write.remote.0[..]) else { return Ok(false) };
+        let Some(opening) = self.openings.iter().find(|o| o.key == *key) else { return Ok(false) };
+        let Some(Place::Region { address, rkey, size }) = opening.target else { return Ok(false) };
+        let (len, credits) = (write.len, u32::from(write.notify.is_some()));
+        let fits = write.remote_offset.checked_add(len).is_some_and(|end| end <= size) && len <= self.longest;
+        let says = len > 0 || credits > 0;
+        if !fits || !says || !self.open || !self.outbox.is_empty() || self.credits < credits || self.room() == 0 {
+            return Ok(false);
+        }
+        self.credits -= credits;
+        self.posts += u64::from(credits);
+        let (offset, len32) = (write.local_offset, len as u32);
+        let inline = len <= self.queue.inline() as u64;
+        self.flying_writes += usize::from(!inline);
+        let work = Work::Write { address: address + write.remote_offset, rkey, immediate: write.notify.map(|n| n.0) };
+        let holds = Holds { write: !inline, ..Holds::default() };
+        let source = match len {
+            0 => Source::Nothing,
+            _ if inline => Source::InlineFrom { mr, offset, len: len32 },
+            _ => Source::Registered { mr, offset, len: len32 },
+        };
+        self.queue.post_one(work, source, holds)?;
+        Ok(true)
+    }
+
     /// Posts a write, or queues what there is no room for.
     pub fn write(&mut self, peer: PeerId, source: &Arc<Mr>, write: Outgoing) -> Result<()> {
         let mut sent = 0;
@@ -257,6 +291,7 @@ impl Sender {
     /// Requests that may be posted. Completions that nobody waits for are taken
     /// when their room is needed; a failure among them is told by the next
     /// [`reap`](Self::reap).
+    #[inline(always)]
     fn room(&mut self) -> usize {
         if self.queue.room() < KEPT + CHAIN || self.ring_used == RING {
             let _ = self.reap();
@@ -320,7 +355,8 @@ impl Sender {
         }
         let known = self.openings.iter().find(|o| o.region == write.region && o.token == write.token);
         let Some(opening) = known else {
-            self.openings.push(Opening { region: write.region, token: write.token, target: None });
+            let key = Key { region: write.region, size: write.region_size, token: write.token }.bytes(Maker::Verbs);
+            self.openings.push(Opening { key, region: write.region, token: write.token, target: None });
             self.asks.push((write.region, write.token));
             return Ok(Progress::At(at));
         };
@@ -344,11 +380,6 @@ impl Sender {
         mut at: u64,
         (address, rkey): (u64, u32),
     ) -> Result<Progress<u64>> {
-        if write.len - at <= self.longest && self.room() > 0 && (write.notify.is_none() || self.credits > 0) {
-            let (immediate, source, holds) = self.piece(mr, write, at, write.len - at);
-            self.queue.post_one(Work::Write { address: address + at, rkey, immediate }, source, holds)?;
-            return Ok(Progress::Done);
-        }
         loop {
             let mut batch = Batch::new();
             let most = self.room().min(CHAIN);
@@ -378,7 +409,6 @@ impl Sender {
 
     /// The part of a write that one request carries, and what it takes: a credit
     /// if the last part notifies.
-    #[inline]
     fn piece<'a>(&mut self, mr: &'a Mr, write: &Outgoing, at: u64, len: u64) -> (Option<u32>, Source<'a>, Holds) {
         let whole = at + len == write.len;
         let immediate = if whole { write.notify.map(|n| n.0) } else { None };

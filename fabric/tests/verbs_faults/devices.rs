@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use distkv_fabric::{Access, Error, Transport};
 
-use crate::node::{drive, join, write};
+use crate::node::{bytes, drive, join, pattern, write};
 use crate::rig::knob;
 use crate::world::{assert_lost, config, devices, ends, node, pair, two_rails, works, works_anew};
 
@@ -198,4 +198,47 @@ fn another_device_takes_over_from_one_that_fails() {
     ends(&mut a, &mut b, to_b, to_a);
     cut(true);
     works_anew(&mut a, &mut b);
+}
+
+#[test]
+fn a_stale_key_is_counted_whether_the_owners_device_tells_of_it_or_not() {
+    const LEN: usize = 4096;
+    let _devices = devices();
+    for silent in [0, 1] {
+        knob("software_hca_silent", (0, silent));
+        let (mut a, mut b, to_b, to_a) = pair(&config());
+        let (landing, theirs, key) = b.target(LEN);
+        let (source, ours) = a.region(LEN, Access::LocalOnly);
+        source.write(0, &pattern(LEN, 1)).unwrap();
+        a.transport.write(to_b, write(ours, LEN as u64, &key, Some(1))).unwrap();
+        drive([&mut a, &mut b], |[a, b]| b.notified() == [1] && a.transport.pending(to_b) == 0);
+        // The writer's device still has the address and the key.
+        b.transport.deregister(theirs).unwrap();
+        landing.write(0, &[0; LEN]).unwrap();
+        a.transport.write(to_b, write(ours, LEN as u64, &key, Some(2))).unwrap();
+        let (at_a, at_b) = ends(&mut a, &mut b, to_b, to_a);
+        assert_lost(&at_a, "soft0:1");
+        assert!(matches!(&at_b, Error::Protocol(what) if what.contains("its key does not allow")), "{silent}: {at_b}");
+        let counted = [&a, &b].map(|node| node.transport.stats().protocol_errors);
+        assert_eq!((counted, bytes(&landing, 0, LEN)), ([0, 1], vec![0; LEN]), "silent: {silent}");
+        works_anew(&mut a, &mut b);
+    }
+}
+
+#[test]
+fn a_peer_that_closes_or_dies_has_broken_nothing() {
+    let _devices = devices();
+    for goes in [
+        |a: &mut crate::world::Verbs, peer| a.transport.disconnect(peer),
+        |a: &mut crate::world::Verbs, _| {
+            *a = node(config());
+        },
+    ] {
+        let (mut a, mut b, to_b, to_a) = pair(&config());
+        works(&mut a, &mut b, to_b, to_a);
+        goes(&mut a, to_b);
+        drive([&mut a, &mut b], |[_, b]| !b.closed().is_empty());
+        assert_eq!(b.closed()[0].1, Error::PeerGone);
+        assert_eq!(b.transport.stats().protocol_errors, 0);
+    }
 }

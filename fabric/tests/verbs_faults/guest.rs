@@ -216,6 +216,9 @@ fn a_stale_key_writes_nothing() {
     let (at_a, at_b) = ends(&mut a, &mut b, to_b, to_a);
     println!("writer: {at_a}; owner: {at_b}");
     assert!(matches!(at_a, Error::Lost(_) | Error::PeerGone), "{at_a:?}");
+    // Its device says nothing of it; the queue pair's state does.
+    assert!(matches!(at_b, Error::Protocol(_)), "{at_b:?}");
+    assert_eq!((a.transport.stats().protocol_errors, b.transport.stats().protocol_errors), (0, 1));
     assert_eq!((bytes(&landing, 0, LEN), b.notified()), (vec![0; LEN], vec![1]));
     works_anew(&mut a, &mut b);
 }

@@ -26,6 +26,7 @@ impl Drop for Devices {
         for device in 0..2 {
             rig::knob("software_hca_cut", (device, 0));
             rig::knob("software_hca_port", (device, 1));
+            rig::knob("software_hca_silent", (device, 0));
         }
     }
 }

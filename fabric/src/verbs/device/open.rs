@@ -422,6 +422,7 @@ fn last_error(what: &'static str) -> Error {
 
 /// The error in the answer of a function of the library that returns 0, an
 /// errno, or −1 with errno set.
+#[inline]
 pub fn check(what: &'static str, answer: i32) -> Result<()> {
     match answer {
         0 => Ok(()),
