@@ -9,6 +9,7 @@
 
 mod floor;
 mod other;
+mod patience;
 mod side;
 mod stream;
 mod subject;

@@ -1,5 +1,5 @@
 //! The floor beside tcp, the least that a socket can do: `send` and spinning
-//! `recv` of as many bytes, nothing else.
+//! `recv` of as many bytes, nothing else, with as much patience.
 
 use std::io::{ErrorKind, Read, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -7,7 +7,9 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use hdrhistogram::Histogram;
+use rustix::event::{PollFd, PollFlags};
 
+use super::patience::Patience;
 use super::{record, slots};
 
 /// A socket of one side.
@@ -83,12 +85,20 @@ impl Floor {
     }
 
     fn receive(&mut self, at: usize, size: usize) -> Result<()> {
+        let mut patience = Patience::new();
         let mut bytes = &mut self.target[at..at + size];
         while !bytes.is_empty() {
             match self.stream.read(bytes) {
                 Ok(0) => bail!("the other side is gone"),
                 Ok(got) => bytes = &mut bytes[got..],
-                Err(e) if e.kind() == ErrorKind::WouldBlock => {}
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                    let stream = &self.stream;
+                    patience.after_poll(|nap| {
+                        let limit = rustix::event::Timespec::try_from(nap)?;
+                        rustix::event::poll(&mut [PollFd::new(stream, PollFlags::IN)], Some(&limit))?;
+                        Ok(())
+                    })?;
+                }
                 Err(e) => return Err(e.into()),
             }
         }

@@ -10,12 +10,9 @@ use hdrhistogram::Histogram;
 
 use crate::cli::options::RdmaOptions;
 
+use super::patience::Patience;
 use super::subject::{Subject, Verb};
 use super::{REGION, SLOTS, record, slots};
-
-/// A spinner lets others have its core after this time, and sleeps after a
-/// hundred times as long.
-const PATIENCE: Duration = Duration::from_micros(10);
 
 /// A message that begins with this carries nothing but bytes; any other is an
 /// order or an answer.
@@ -168,20 +165,10 @@ impl Side {
 
     /// Polls until `done` says so.
     pub fn spin(&mut self, mut done: impl FnMut(&mut Self) -> bool) -> Result<()> {
-        let start = Instant::now();
-        let mut polls = 0u32;
+        let mut patience = Patience::new();
         while !done(self) {
             self.poll()?;
-            polls = polls.wrapping_add(1);
-            // Where cores are short the other side, or the kernel's own work for
-            // a transport, may be waiting for this one.
-            if polls.is_multiple_of(16) {
-                match start.elapsed() {
-                    idle if idle > 100 * PATIENCE => self.transport.wait(Duration::from_millis(50))?,
-                    idle if idle > PATIENCE => std::thread::yield_now(),
-                    _ => {}
-                }
-            }
+            patience.after_poll(|nap| Ok(self.transport.wait(nap)?))?;
         }
         Ok(())
     }

@@ -1,0 +1,38 @@
+//! How a side spins: the transport's and the floor's alike, or the comparison says
+//! who of them is kinder to the others on a busy machine.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+/// A spinner lets others have its core after this time, and sleeps after a
+/// hundred times as long.
+const PATIENCE: Duration = Duration::from_micros(10);
+
+/// One wait's.
+pub(super) struct Patience {
+    start: Instant,
+    polls: u32,
+}
+
+impl Patience {
+    /// Of a wait that begins now.
+    pub fn new() -> Self {
+        Self { start: Instant::now(), polls: 0 }
+    }
+
+    /// After a look in vain. Where cores are short the other side, or the
+    /// kernel's own work for a transport, may be waiting for this one. `sleep`
+    /// lasts until there may be something, at most as long as it is told.
+    pub fn after_poll(&mut self, sleep: impl FnOnce(Duration) -> Result<()>) -> Result<()> {
+        self.polls = self.polls.wrapping_add(1);
+        if self.polls.is_multiple_of(16) {
+            match self.start.elapsed() {
+                idle if idle > 100 * PATIENCE => sleep(Duration::from_millis(50))?,
+                idle if idle > PATIENCE => std::thread::yield_now(),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
