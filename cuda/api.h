@@ -41,4 +41,402 @@ struct Page {
     uint32_t tokens;   // filled, 1 ..= block_tokens
 };
 
+// --- Prefill attention ---
+
+// Kernel `prefill_plan`: the work list of the prefill attention kernels, for
+// all layers of a step that share a window.
+struct PrefillPlan {
+    const Step *step;      // [1]
+    const Seq *seqs;       // [step.seqs]
+    const Page *pages;     // all pages of the sequences
+    uint32_t *plan;        // [8 + 8 * capacity], 16-byte aligned; see prefill_plan.cuh
+    uint32_t capacity;     // tiles: at least max_rows * group / tile_rows + max_seqs
+    uint32_t group;        // heads / kv_heads
+    uint32_t kv_heads;     // key/value heads
+    uint32_t head_dim;     // elements a head
+    uint32_t block_tokens; // tokens a block
+    uint32_t window;       // a row sees its last `window` positions; 0: all before it
+    uint32_t tile_rows;    // packed rows a tile of the attention kernel that takes the plan
+    uint32_t tile_keys;    // keys a tile of that kernel
+};
+
+// Kernels `attention_prefill_d<head_dim>_<T>` and, with a tensor map behind it,
+// `attention_prefill_sm90_d<head_dim>_<T>`: the sequences that are not decoded.
+struct Prefill {
+    const void *q;         // T [rows, q_stride]: heads * head_dim query elements first in each row
+    const void *kv;        // T, the layer's pool
+    void *o;               // T [rows, heads * head_dim]
+    float *lse;            // [rows, heads]
+    const Seq *seqs;       // [step.seqs]
+    const Page *pages;     // all pages of the sequences
+    uint32_t *plan;        // by `prefill_plan` for the same window, tile_rows and tile_keys
+    uint32_t q_stride;     // elements from one row of q to the next; (heads + 2 kv_heads) * head_dim of a fused row
+    uint32_t heads;        // query heads
+    uint32_t kv_heads;     // key/value heads
+    uint32_t block_tokens; // tokens a block, a multiple of 16
+    uint32_t window;       // a row sees its last `window` positions; 0: all before it
+    float scale;           // on the scores, > 0
+};
+
+// Kernel `read_sweep`: reads, and writes one number if their sum is
+// `impossible`.
+struct ReadSweep {
+    const void *from;    // 16-byte pieces
+    uint32_t *sink;      // [1]
+    uint64_t pieces;     // of 16 bytes
+    uint32_t impossible; // a sum that is not expected
+    uint32_t reserved;   // 0
+};
+
+// Kernel `attention_plain_<T>`: MicroAttention of all sequences of a step, for
+// heads of any width up to 256.
+struct AttentionPlain {
+    const void *qkv;       // T [rows, q_stride]: heads * head_dim query elements first in each row
+    const void *kv;        // T, the layer's pool
+    void *o;               // T [rows, heads * head_dim]
+    float *lse;            // [rows, heads]
+    const Step *step;      // [1]
+    const Seq *seqs;       // [step.seqs]
+    const Page *pages;     // all pages of the sequences
+    uint32_t q_stride;     // elements from one row of q to the next
+    uint32_t heads;        // query heads
+    uint32_t kv_heads;     // key/value heads
+    uint32_t head_dim;     // elements a head, at most 256
+    uint32_t block_tokens; // tokens a block
+    uint32_t window;       // a row sees its last `window` positions; 0: all before it
+    float scale;           // on the scores
+    uint32_t reserved;     // 0
+};
+
+// Rows of the step. `rows` of a kernel below is the count of rows in use in the
+// device's memory: a field of its Step, which no kernel writes. Rows behind are
+// not touched.
+
+// Kernel `embed_<T>`: out[r] = table[tokens[r]]; a row of NaN for a token that
+// the table lacks.
+struct Embed {
+    const void *table;      // T [vocab, cols]
+    const uint32_t *tokens; // [rows]
+    float *out;             // [rows, cols]
+    const uint32_t *rows;   // rows in use
+    uint32_t cols;
+    uint32_t vocab;
+};
+
+// Kernel `gather`: out[i] = x[index[i]].
+struct Gather {
+    const float *x;        // [any, cols]
+    const uint32_t *index; // [rows]
+    float *out;            // [rows, cols]
+    const uint32_t *rows;  // rows of out in use
+    uint32_t cols;
+    uint32_t reserved;     // 0
+};
+
+// Kernel `rms_norm_<T>`: x[r] += delta[r] + bias where delta is given, then
+// out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight. With an index, out[i] is
+// of row index[i] of x and of delta, and x stays as it is.
+struct RmsNorm {
+    float *x;              // [rows, cols], the residual stream
+    const void *delta;     // T [rows, cols]; or null
+    const float *bias;     // [cols], added with delta; or null
+    const float *weight;   // [cols]
+    void *out;             // T [rows, cols]
+    const uint32_t *index; // [rows]; or null
+    const uint32_t *rows;  // rows of out in use
+    uint32_t cols;
+    float eps;
+};
+
+// Kernel `add_<T>`: x[r] += delta[r] (+ bias).
+struct Add {
+    float *x;             // [rows, cols]
+    const void *delta;    // T [rows, cols]
+    const float *bias;    // [cols]; or null
+    const uint32_t *rows; // rows in use
+    uint32_t cols;
+    uint32_t reserved;    // 0
+};
+
+// Kernel `add_bias_<T>`: x[r] += bias.
+struct AddBias {
+    void *x;              // T [rows, cols]
+    const float *bias;    // [cols]
+    const uint32_t *rows; // rows in use
+    uint32_t cols;
+    uint32_t reserved;    // 0
+};
+
+// Kernel `swiglu_<T>`: out[r] = silu(gate[r]) * up[r], after the bias.
+struct Swiglu {
+    const void *gate_up;  // T [rows, 2 * cols]: gate, then up, in each row
+    const float *bias;    // [2 * cols]; or null
+    void *out;            // T [rows, cols]
+    const uint32_t *rows; // rows in use
+    uint32_t cols;
+    uint32_t reserved;    // 0
+};
+
+// Kernel `rope_table`: cos and sin of a step's positions, once for all layers.
+struct RopeTable {
+    const float *inv_freq; // [pairs]
+    float *table;          // [rows, pairs, 2 (cos, sin)]
+    const Slot *slots;     // [rows]
+    const uint32_t *rows;  // rows in use
+    uint32_t pairs;
+    float magnitude;       // factor on cos and sin
+};
+
+// Kernel `rope_append_<T>`: on fused QKV rows, the bias, the RMS norm of each
+// query and key head, the rotary embedding; then queries in place, keys and
+// values into the pool (their places in qkv stay as they are).
+struct RopeAppend {
+    void *qkv;             // T [rows, (heads + 2 kv_heads) * head_dim]
+    void *pool;            // T, the layer's pool
+    const float *table;    // by `rope_table`
+    const float *bias;     // [(heads + 2 kv_heads) * head_dim]; or null
+    const float *q_norm;   // [head_dim]; or null, as k_norm then is
+    const float *k_norm;   // [head_dim]
+    const Slot *slots;     // [rows]
+    const uint32_t *rows;  // rows in use
+    uint32_t heads;        // query heads
+    uint32_t kv_heads;     // key/value heads
+    uint32_t head_dim;     // even, at most 256
+    uint32_t block_tokens; // tokens a block
+    uint32_t pairs;        // that are rotated, at most head_dim / 2: the first 2 * pairs elements
+    uint32_t interleaved;  // pairs are 1: (2i, 2i+1), 0: (i, i + pairs)
+    float eps;             // of the norms
+    uint32_t reserved;     // 0
+};
+
+// Kernels `convert_<from>_<to>`: a tensor's bytes in one of the formats of
+// src/device/tensor.rs into elements of f32, f16 or bf16, nearest even. For
+// formats in blocks, `offset` and `elements` are multiples of their length.
+struct Convert {
+    const void *bytes; // of any alignment
+    void *out;         // [elements]
+    uint64_t offset;   // elements of the source before the first to convert
+    uint64_t elements;
+};
+
+// Choosing tokens. Rows are those of logits in use.
+
+// Kernel `argmax`: the likeliest token, of equals the first. A row with a value
+// that is infinite or not a number gets flag 1 and token 0.
+struct Argmax {
+    const float *logits;  // [rows, stride]
+    uint32_t *tokens;     // [rows]
+    uint32_t *flags;      // [rows]
+    const uint32_t *rows; // rows in use
+    uint32_t vocab;       // at most stride
+    uint32_t stride;      // elements from one row to the next
+};
+
+// --- Linear layers of few rows ---
+
+// One product of the kernels `linear_m<rows>_<T>` (rows = 8, 16, 32 or 64), which
+// run up to four of them one after another; linear.cuh says how they are passed.
+//   y[r] = scale[r] * (x[r] . W^T) + bias; scale[r] = 1 / rms of the row that x
+//   is made from where `x_squares` is given (x is then that row times the
+//   norm's weight), else 1.
+//   end 0: out T [rows, out] = y
+//   end 1: out T [rows, out / 2] = silu(y[..out / 2]) * y[out / 2..]
+//   end 2: out f32 [rows, out] += y; where `next` is given, also
+//          next = T(out * next_norm) and squares = sums of out^2
+//   end 3: out f32 [rows, out] = y
+// Only rows in use are written.
+struct Linear {
+    const float *x_squares;  // [rows, ceil(in / 32)] sums of squares of 32 elements each, or null
+    const float *bias;       // [out] or null
+    void *out;               // see above
+    void *next;              // T [rows, out] or null
+    const float *next_norm;  // [out], with `next`
+    float *squares;          // [rows, ceil(out / 32)], with `next`
+    const uint32_t *rows;    // [1] rows in use
+    uint32_t in_features;    // a multiple of 8
+    uint32_t out_features;   // a multiple of 4 (of 32 with end 1)
+    uint32_t end;            // see above
+    uint32_t tile_units;     // units of 32 features that a block takes at once, 1 ..= 8
+    uint32_t depth;          // times 64 elements of `in` a stage; tile_units * depth <= 8
+    uint32_t splits;         // blocks that share `in`: 1, or the cluster
+    float eps;               // of the norm, with `x_squares`
+    uint32_t reserved;       // 0
+};
+
+// What the products of one launch have in common.
+struct LinearChain {
+    uint32_t *barrier;    // [1] zero at first; of this chain of kernels alone
+    uint32_t count;       // products, 1 ..= 4
+    uint32_t stages;      // of the ring
+    uint32_t stage_depth; // the largest depth of the products
+    uint32_t ahead;       // stages of product `count`, the next launch's first, to bring to the L2 cache
+};
+
+// ---- Decode attention ----
+// decode_plan.cu, once a step (and distinct window); attention_decode.cu and
+// decode_join.cu, once a layer. See decode.cuh for `box_rows` and
+// `together`. With `grid` the blocks of the attention kernel, what lies between them takes
+//   items    48 * (grid + max_seqs * kv_heads / together) bytes
+//   spans    16 * (max_seqs + 1) bytes
+//   cuts     20 * (grid + 1) bytes
+//   parts    4 * 2 * grid * together * 16 * (head_dim + 2) bytes
+
+constexpr uint32_t DECODE_SLOTS = 16;        // most slots of a block's ring
+constexpr uint32_t DECODE_NONE = 0xffffffff; // no further item
+
+// A range of cells of one sequence and `together` kv heads, for one block. A
+// cell is what a box holds: box_rows / together tokens. Cell c of the item is the
+// (c % n)th of page c / n, with n = block_tokens * together / box_rows.
+struct DecodeItem {
+    uint32_t row;      // first query row
+    uint32_t columns;  // query rows * (heads / kv_heads), at most 16; 0: the block has nothing to do
+    uint32_t position; // of the first query row
+    uint32_t head;     // first kv head
+    uint32_t page;     // that cell 0 lies in
+    uint32_t begin;    // first cell
+    uint32_t end;      // behind the last; may be `begin`
+    uint32_t parts;    // blocks that share this sequence and these heads
+    uint32_t first;    // of these blocks; they are consecutive
+    uint32_t next;     // item of this block, or DECODE_NONE
+    uint32_t reserved0;
+    uint32_t reserved1;
+};
+
+// What the planner notes of a sequence.
+struct DecodeSpan {
+    uint32_t before; // units of the sequences before it, for `together` kv heads
+    uint32_t page;   // first page that a query sees
+    uint32_t begin;  // first cell there
+    uint32_t end;    // behind the last cell, from the same page
+};
+
+// A sequence and `together` kv heads that several blocks share.
+struct DecodeCut {
+    uint32_t row;     // first query row; of cuts[0]: how many follow
+    uint32_t columns; // as in the items
+    uint32_t head;    // first kv head
+    uint32_t first;   // block
+    uint32_t parts;   // blocks
+};
+
+// Turns the sequences of a step that are decoded (see `is_decode`) into items.
+struct DecodePlan {
+    const Step *step;
+    const Seq *seqs;       // [step.seqs]
+    const Page *pages;
+    void *items;           // DecodeItem [grid + max_seqs * kv_heads / together]
+    void *spans;           // DecodeSpan [max_seqs + 1]
+    void *cuts;            // DecodeCut [grid + 1]
+    uint32_t heads;
+    uint32_t kv_heads;
+    uint32_t head_dim;
+    uint32_t block_tokens; // a multiple of 16
+    uint32_t window;       // 0: none
+    uint32_t box_rows;     // rows of a box, see decode.cuh
+    uint32_t together;     // kv heads that a block takes at once
+    uint32_t grid;         // blocks of the attention kernel
+    uint32_t least;        // units that a block is given at least
+    uint32_t reserved;
+};
+
+// MicroAttention of these items over one layer: (o, lse), or parts of it.
+struct Decode {
+    const void *qkv;         // T [rows, (heads + 2 kv_heads) * head_dim]: the queries lead each row
+    const void *kv;          // T [blocks, 2, kv_heads, block_tokens, head_dim], the layer's (sm_80)
+    const void *kv_map;      // tensor map of the pool, 64-byte aligned (sm_90)
+    void *o;                 // T [rows, heads * head_dim]
+    float *lse;              // [rows, heads]
+    const Page *pages;
+    const DecodeItem *items; // as planned
+    float *parts;            // [grid, 2, together, 16 * (head_dim + 2)]
+    uint32_t map_row;        // row of the map at which the layer begins
+    uint32_t heads;
+    uint32_t kv_heads;
+    uint32_t block_tokens;   // a multiple of 16
+    uint32_t window;         // 0: none; as planned
+    uint32_t box_rows;       // as planned
+    uint32_t together;       // as planned
+    uint32_t slots;          // of the ring: 2 ..= DECODE_SLOTS
+    float scale;
+    uint32_t reserved;
+};
+
+// Joins the parts of shared sequences into (o, lse).
+struct DecodeJoin {
+    const DecodeCut *cuts; // as planned
+    float *parts;          // as `Decode` left them
+    void *o;               // T [rows, heads * head_dim]
+    float *lse;            // [rows, heads]
+    uint32_t heads;
+    uint32_t kv_heads;
+    uint32_t head_dim;
+    uint32_t together;     // as planned
+};
+
+// Merges a peer's partial into (o, lse), in place; see state.cuh.
+struct Merge {
+    const float *remote_o;   // [count, heads * head_dim]
+    const float *remote_lse; // [count, heads]
+    const uint32_t *rows;    // [count] rows of o and lse, each at most once
+    const uint32_t *count;   // [1]
+    void *o;                 // T [rows, heads * head_dim]
+    float *lse;              // [rows, heads]
+    uint32_t heads;
+    uint32_t head_dim;       // a multiple of 4
+};
+
+// What is added to and taken from one logit of a row before the choice; a row's
+// entries name distinct tokens of the vocabulary.
+struct SampleEntry {
+    uint32_t token;
+    uint32_t generated; // times that the row's request has generated it
+    uint32_t seen;      // 1: generated, or in a prompt that counts; else 0
+    float bias;         // added first
+};
+
+// How to choose one row's token: the fields of SamplingParams.
+struct SampleRow {
+    uint64_t unit;       // the draw is at unit / 2^53; below 2^53
+    uint32_t entry;      // first of its entries
+    uint32_t entries;    // may be 0
+    float temperature;   // below 1e-5: the likeliest token
+    float top_p;         // 1: all
+    float min_p;         // 0: all
+    uint32_t top_k;      // 0: all
+    float repetition;    // of penalties; 1: none
+    float presence;
+    float frequency;
+    uint32_t reserved;   // 0
+};
+
+// Kernels `sample` and, where a row does not fit a cluster's shared memory,
+// `sample_global`: a token a row as src/model/sampler chooses it. A row with a
+// value that is infinite or not a number gets flag 1 and token 0.
+struct Sample {
+    const float *logits;        // [rows, stride]; they stay as they are
+    float *weights;             // room for sample_global, [rows, (vocab + 3) / 4 * 4]; or null
+    const SampleRow *params;    // [rows]
+    const SampleEntry *entries; // of all rows
+    uint32_t *tokens;           // [rows]
+    uint32_t *flags;            // [rows]
+    const uint32_t *rows;       // rows in use
+    uint32_t vocab;             // at most stride and 2^18
+    uint32_t stride;            // elements from one row to the next
+};
+
+// Kernel `logprobs`: the log-probability of a token a row and of the likeliest
+// ones, likeliest first, of equals the smaller token; NaN where the row is not
+// finite.
+struct Logprobs {
+    const float *logits;    // [rows, stride]
+    const uint32_t *tokens; // [rows], below vocab
+    const uint32_t *counts; // [rows], how many of the likeliest, at most 20 and vocab; ~0: none, not of the token either
+    float *chosen;          // [rows]
+    uint32_t *top_tokens;   // [rows, 20]
+    float *top;             // [rows, 20]
+    const uint32_t *rows;   // rows in use
+    uint32_t vocab;         // at most stride
+    uint32_t stride;        // elements from one row to the next
+};
+
 } // namespace distkv
