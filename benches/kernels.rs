@@ -141,6 +141,7 @@ fn attention() {
             "\n{heads} heads, {kv_heads} kv heads, head_dim {head_dim}, depth {depth}, batch {batch}, rows {rows}"
         );
         let args = Args {
+            device: Default::default(),
             heads,
             kv_heads,
             head_dim,

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use distkv::device::cpu::{CpuDevice, CpuOptions, Math};
 use distkv::device::tensor::{DType, RawTensor};
-use distkv::device::{AttentionShape, AttnSeq, Device, Rope, RowSlot, StepInput};
+use distkv::device::{AttentionShape, AttnSeq, Device, Norm, Rope, RowSlot, StepInput};
 use distkv::kv::pool::KvPool;
 use distkv::kv::rblock::{KvDtype, KvRun, KvShape};
 
@@ -63,23 +63,23 @@ fn allocates_nothing(math: Math) {
     let runs: Vec<KvRun> = (0..64).map(|b| KvRun { block: b, position: b * 16, tokens: 16 }).collect();
     let seqs = [AttnSeq { row: 0, rows: 1, position: 1023, run: 0, runs: 64 }];
     let slots = [RowSlot { position: 1023, block: 63, offset: 15 }];
-    let step = StepInput { tokens: &[3], slots: &slots, seqs: &seqs, runs: &runs };
+    let step = StepInput { tokens: &[3], slots: &slots, seqs: &seqs, runs: &runs, logit_rows: &[] };
     let mut host = vec![0.0; hidden];
     let mut counts = Vec::new();
     for _ in 0..3 {
         let before = ALLOCATIONS.load(Ordering::SeqCst);
-        device.begin_step(&rope, &step).unwrap();
+        device.begin_step(&rope, &step, &pool, true).unwrap();
         device.embed(&o_weight, &mut x);
-        device.rms_norm(&x, 1, &norm, 1e-5, &mut h);
+        device.rms_norm(&x, 1, Norm { weight: &norm, eps: 1e-5 }, &mut h);
         device.linear(&h, 1, &qkv_weight, None, &mut qkv);
         device.rope_append(&shape, None, 0, &pool, &mut qkv);
         device.attention(&shape, None, 0, &pool, &qkv, &mut o, &mut lse);
         device.linear_add(&o, 1, &o_weight, None, &mut x);
-        device.rms_norm(&x, 1, &norm, 1e-5, &mut h);
+        device.rms_norm(&x, 1, Norm { weight: &norm, eps: 1e-5 }, &mut h);
         device.linear(&h, 1, &up_weight, None, &mut up);
         device.swiglu(&up, 1, &mut act);
         device.linear_add(&act, 1, &down_weight, None, &mut x);
-        device.download(&x, 1, &mut host);
+        device.download(&x, 1, &mut host).unwrap();
         counts.push(ALLOCATIONS.load(Ordering::SeqCst) - before);
     }
     assert!(host.iter().all(|x| x.is_finite()));

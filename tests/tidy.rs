@@ -44,6 +44,17 @@ const UNSAFE: &[&str] = &[
     "src/device/cpu/rows.rs",               // threads write disjoint rows
     "src/device/cpu/simd.rs",               // instruction sets
     "src/device/cpu/threads.rs",            // a loop's closure lent to the workers while its caller waits
+    "src/device/cuda/attend.rs",            // launches of kernels over addresses
+    "src/device/cuda/bandwidth.rs",         // as above
+    "src/device/cuda/blas.rs",              // calls of cuBLASLt
+    "src/device/cuda/chain.rs",             // launches of kernels over addresses
+    "src/device/cuda/choose.rs",            // as above
+    "src/device/cuda/driver.rs",            // calls of the CUDA driver
+    "src/device/cuda/kernels.rs",           // launches of kernels; tensor maps
+    "src/device/cuda/linear.rs",            // launches of kernels over addresses
+    "src/device/cuda/load.rs",              // as above
+    "src/device/cuda/memory.rs",            // the GPU's memory, and the host's that it reaches
+    "src/device/cuda/rows.rs",              // launches of kernels over addresses
     "src/model/mapping.rs",                 // mapping files of weights
     "tests/cpu_allocations.rs",             // an allocator that counts
 ];

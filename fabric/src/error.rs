@@ -59,6 +59,9 @@ pub enum Error {
     /// The peer broke the protocol; the connection was closed by us.
     #[error("protocol violation by the peer: {0}")]
     Protocol(String),
+    /// An accelerator refused a copy to or from its memory.
+    #[error("the device refused a copy: {0}")]
+    Device(String),
     /// A transport that this machine cannot offer.
     #[error("{transport} cannot be used: {because}")]
     Unavailable {

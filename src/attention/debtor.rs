@@ -24,6 +24,7 @@ use super::fetch::{Landed, Slot, slots};
 use super::landing::{LANDING_SLOTS, Landing};
 use super::mailbox::{Geometry, Mailbox, SLOTS};
 use super::paths::Paths;
+use super::source::Source;
 use super::wire::{LaneHello, LaneMessage, MAX_PLACEMENTS, Placement, PlanEntry, SlotHeader, SlotNotify, StepPlan};
 use crate::device::{AttentionShape, Device};
 use crate::kv::pool::KvPool;
@@ -128,6 +129,7 @@ enum Owned {
 pub struct Debtor {
     pub(super) config: DebtorConfig,
     pub(super) pool: Arc<KvPool>,
+    source: Source,
     pub(super) transports: Vec<(Box<dyn Transport>, RegionId)>,
     pub(super) lanes: BTreeMap<InstanceId, Lane>,
     pub(super) paths: Paths,
@@ -152,16 +154,18 @@ impl Debtor {
         transports: Vec<Box<dyn Transport>>,
         stats: Arc<ExchangeStats>,
     ) -> distkv_fabric::Result<Self> {
+        let source = Source::new(&pool)?;
         let transports = transports
             .into_iter()
             .map(|mut t| {
-                let region = t.register(pool.memory(), Access::LocalOnly)?;
+                let region = t.register(source.memory(), Access::LocalOnly)?;
                 Ok((t, region))
             })
             .collect::<distkv_fabric::Result<Vec<_>>>()?;
         Ok(Self {
             config,
             pool,
+            source,
             transports,
             lanes: BTreeMap::new(),
             paths: Paths::default(),
@@ -459,12 +463,22 @@ impl Debtor {
             if !self.in_force(m.creditor) {
                 self.lose(m.creditor, OVER);
             }
+            if self.state(m.creditor) != LaneState::Open {
+                continue;
+            }
+            let at = match self.stage(moves, layer, m.local) {
+                Ok(at) => at,
+                Err(error) => {
+                    self.lose(m.creditor, &error.to_string());
+                    continue;
+                }
+            };
             let Some(lane) = self.lanes.get_mut(&m.creditor).filter(|l| l.state == LaneState::Open) else { continue };
             let (transport, region) = &mut self.transports[lane.transport];
             let layer_bytes = self.pool.shape().layer_bytes() as u64;
             let write = Write {
                 local: *region,
-                local_offset: self.pool.offset(layer, m.local) as u64,
+                local_offset: at,
                 len: layer_bytes,
                 remote: &lane.pool_key,
                 remote_offset: layer as u64 * lane.layer_stride + u64::from(m.placement.block) * layer_bytes,
@@ -477,6 +491,17 @@ impl Debtor {
             };
             if let Err(reason) = posted {
                 self.lose(m.creditor, &reason);
+            }
+        }
+    }
+
+    /// Where one layer of a block is to be written from. Where that needs room,
+    /// the writes of `moves` are waited for, which are all that is under way.
+    fn stage(&mut self, moves: &[BlockMove], layer: usize, block: BlockIndex) -> distkv_fabric::Result<u64> {
+        loop {
+            match self.source.stage(layer, block)? {
+                Some(at) => return Ok(at),
+                None => self.flush(moves),
             }
         }
     }
@@ -504,6 +529,7 @@ impl Debtor {
                 self.relax(transport, &mut spin);
             }
         }
+        self.source.release();
     }
 
     /// Queues the placements of `moves`, whose bytes were written and are right,
@@ -547,6 +573,10 @@ impl Debtor {
 }
 
 impl<D: Device> LayerHook<D> for Debtor {
+    fn is_idle(&self) -> bool {
+        self.streaming.is_empty() && self.lanes.values().all(|lane| lane.row_count == 0)
+    }
+
     fn queries_ready(&mut self, layer: usize, device: &mut D, qkv: &D::Buffer) {
         let mut failed = Vec::new();
         for (&creditor, lane) in self.lanes.iter_mut().filter(|(_, l)| l.row_count > 0) {

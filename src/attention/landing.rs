@@ -59,7 +59,7 @@ impl Landing {
         self.memory.write(at, &header)?;
         for layer in 0..self.layers {
             let to = at + HEADER + layer * self.layer_bytes;
-            pool.memory().copy_to(pool.offset(layer, block), &self.memory, to, self.layer_bytes)?;
+            pool.copy_layer_to(layer, block, &self.memory, to)?;
         }
         Ok(())
     }
@@ -81,7 +81,7 @@ impl Landing {
         let at = self.offset(slot) + HEADER;
         for layer in 0..self.layers {
             let from = at + layer * self.layer_bytes;
-            self.memory.copy_to(from, pool.memory(), pool.offset(layer, block), self.layer_bytes)?;
+            pool.copy_layer_from(layer, block, &self.memory, from)?;
         }
         Ok(())
     }

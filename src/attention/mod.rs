@@ -29,12 +29,17 @@ mod gap_tests;
 pub mod landing;
 pub mod mailbox;
 mod paths;
+mod source;
 pub mod wire;
 
 use crate::device::Device;
 
 /// What DistAttention does inside a layer, seen from the transformer.
 pub trait LayerHook<D: Device> {
+    /// Whether nothing is to be done in this step: all keys are local, and none
+    /// are to lie elsewhere.
+    fn is_idle(&self) -> bool;
+
     /// The step's K and V of `layer` are in the pool and the queries are ready
     /// in `qkv`: send queries out, and KV that is to lie elsewhere.
     fn queries_ready(&mut self, layer: usize, device: &mut D, qkv: &D::Buffer);
@@ -47,6 +52,10 @@ pub trait LayerHook<D: Device> {
 pub struct LocalOnly;
 
 impl<D: Device> LayerHook<D> for LocalOnly {
+    fn is_idle(&self) -> bool {
+        true
+    }
+
     fn queries_ready(&mut self, _: usize, _: &mut D, _: &D::Buffer) {}
     fn local_done(&mut self, _: usize, _: &mut D, _: &mut D::Buffer, _: &mut D::Buffer) {}
 }

@@ -1,5 +1,6 @@
 //! `distkv doctor`: what of this machine can be used, and why the rest cannot.
 
+mod gpu;
 mod machine;
 mod rdma;
 
@@ -39,6 +40,7 @@ struct Report {
     version: &'static str,
     transports: Vec<TransportLine>,
     verbs: rdma::Verbs,
+    gpus: gpu::Gpus,
     machine: machine::Machine,
 }
 
@@ -63,7 +65,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     transports.push(verbs_line(&verbs));
     let usable = transports.iter().any(|line| line.usable && line.name != Kind::Loopback.name());
     let machine = machine::look(&args.sysfs, verbs.needs_locked_memory());
-    let report = Report { version: env!("CARGO_PKG_VERSION"), transports, verbs, machine };
+    let report = Report { version: env!("CARGO_PKG_VERSION"), transports, verbs, gpus: gpu::look(), machine };
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { render(&report) };
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
@@ -115,6 +117,8 @@ fn render(report: &Report) -> String {
     }
     out += "\nRDMA\n";
     report.verbs.render(&mut out);
+    out += "\nGPU\n";
+    report.gpus.render(&mut out);
     out += "\nMACHINE\n";
     report.machine.render(&mut out);
     out

@@ -106,7 +106,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     config.join = lenders.iter().map(|n| n.control_address().to_string()).collect();
     config.lend = 0.0;
     let loading = Instant::now();
-    let node = Node::engine(&config, args.engine.model_parts(&files, kv_bytes, threads)?)?;
+    let node = Node::engine(&config, args.engine.model_parts(&files, Some(kv_bytes), threads)?)?;
     let load_time = loading.elapsed();
     await_members(&node, lenders.len())?;
 

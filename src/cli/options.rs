@@ -13,6 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::device::cpu::Math;
 use crate::kv::rblock::{DEFAULT_BLOCK_TOKENS, KvDtype};
 use crate::model::load::ModelFiles;
+use crate::node::device::DeviceName;
 use crate::node::transports::FabricChoice;
 use crate::node::{ModelParts, NodeConfig, Tuning};
 use crate::schedule::scheduler::SchedulerConfig;
@@ -79,9 +80,9 @@ pub enum MathArg {
 /// How a model runs.
 #[derive(Clone, Debug, clap::Args)]
 pub struct EngineOptions {
-    /// Device of the model. This build runs models on `cpu`.
-    #[arg(long, env = "DISTKV_DEVICE", default_value = "cpu")]
-    pub device: String,
+    /// Device of the model: `cpu`, or a GPU, `cuda:0`.
+    #[arg(long, env = "DISTKV_DEVICE", default_value_t)]
+    pub device: DeviceName,
     /// Device threads; by default this process's share of the cores.
     #[arg(long, env = "DISTKV_THREADS")]
     pub threads: Option<usize>,
@@ -100,12 +101,12 @@ pub struct EngineOptions {
     /// Longest context in tokens; by default the model's own.
     #[arg(long, env = "DISTKV_MAX_MODEL_LEN")]
     pub max_model_len: Option<usize>,
-    /// Most prompt tokens computed in one step.
-    #[arg(long, env = "DISTKV_CHUNK_TOKENS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=8192))]
-    pub chunk_tokens: u32,
-    /// Most sequences in one step.
-    #[arg(long, env = "DISTKV_MAX_SEQUENCES", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
-    pub max_sequences: u32,
+    /// Most prompt tokens computed in one step: 256, on a GPU 4096, unless given.
+    #[arg(long, env = "DISTKV_CHUNK_TOKENS", value_parser = clap::value_parser!(u32).range(1..=32768))]
+    pub chunk_tokens: Option<u32>,
+    /// Most sequences in one step: 64, on a GPU 256, unless given.
+    #[arg(long, env = "DISTKV_MAX_SEQUENCES", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub max_sequences: Option<u32>,
     /// Creditors that each lent rBlock is written to, 1 or 2. With 2 a creditor
     /// may be lost without anything being computed again.
     #[arg(long, env = "DISTKV_KV_REPLICAS", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
@@ -136,10 +137,12 @@ impl EngineOptions {
     }
 
     /// What a node is told of a model.
-    pub fn model_parts(&self, files: &ModelFiles, kv_bytes: usize, threads: usize) -> anyhow::Result<ModelParts> {
-        if self.device != "cpu" {
-            bail!("--device {}: unsupported: this build runs models on `cpu` only", self.device);
-        }
+    pub fn model_parts(
+        &self,
+        files: &ModelFiles,
+        kv_bytes: Option<usize>,
+        threads: usize,
+    ) -> anyhow::Result<ModelParts> {
         let max_model_len = self.max_model_len.unwrap_or(files.config.max_positions);
         if max_model_len > files.config.max_positions {
             bail!(
@@ -147,7 +150,9 @@ impl EngineOptions {
                 files.config.max_positions
             );
         }
-        let (chunk_rows, max_sequences) = (self.chunk_tokens as usize, self.max_sequences as usize);
+        let (chunk, sequences) = if self.device == DeviceName::Cpu { (256, 64) } else { (4096, 256) };
+        let chunk_rows = self.chunk_tokens.unwrap_or(chunk) as usize;
+        let max_sequences = self.max_sequences.unwrap_or(sequences) as usize;
         let schedule = SchedulerConfig {
             max_rows: chunk_rows + max_sequences,
             chunk_rows,
@@ -163,6 +168,7 @@ impl EngineOptions {
             weights: Arc::clone(&files.weights),
             kv_dtype: self.kv_dtype.into(),
             block_tokens: self.block_tokens,
+            device: self.device,
             kv_bytes,
             threads,
             math: match self.math {

@@ -20,6 +20,7 @@ use crate::ingress::{Identity, Ingress, IngressStats, Keys, Runner};
 use crate::model::hf::GenerationDefaults;
 use crate::model::load::ModelFiles;
 use crate::model::sampler::SamplingParams;
+use crate::node::device::DeviceName;
 use crate::node::rank::{self, Rank};
 use crate::node::{ClusterView, Node, NodeConfig};
 use crate::server::{Model, ModelText, ServerState};
@@ -53,9 +54,15 @@ pub struct Args {
     /// Fabric addresses (host:port) of nodes to join; one is enough.
     #[arg(long, env = "DISTKV_JOIN", value_delimiter = ',')]
     join: Vec<String>,
-    /// KV memory, e.g. 8GiB; by default a quarter of what the system has free.
+    /// KV memory, e.g. 8GiB; by default all that the model leaves of a GPU's
+    /// memory, else a quarter of what the system has free.
     #[arg(long, env = "DISTKV_KV_MEMORY")]
     kv_memory: Option<Bytes>,
+    /// Host memory beside a GPU's, e.g. 64GiB: what a request has no room for on
+    /// the GPU lies there, and is attended to there by the host's cores
+    /// (--creditor-threads). Other nodes may borrow it too.
+    #[arg(long, env = "DISTKV_HOST_KV_MEMORY")]
+    host_kv_memory: Option<Bytes>,
     /// KV memory in tokens of the model, instead of --kv-memory.
     #[arg(long, env = "DISTKV_KV_TOKENS", conflicts_with = "kv_memory")]
     kv_tokens: Option<usize>,
@@ -130,8 +137,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             let local = rank.as_ref().map_or(1, |r| r.local_size as usize);
             Node::engine(&config, args.engine.model_parts(files, kv_bytes, args.engine.threads(local))?)?
         }
-        None => Node::lender(&config, kv_bytes)?,
+        None => Node::lender(&config, kv_bytes.unwrap_or(0))?,
     };
+    let host_tier = host_tier(&args, &config, &node)?;
     let ready = Arc::new(AtomicBool::new(false));
     let state = state(&args, files, &node, ready.clone())?;
     eprintln!(
@@ -143,6 +151,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     );
     let drain = node.drainer();
     let wanted = args.min_members.max(rank.as_ref().map_or(0, |r| r.size as usize - 1));
+    let wanted = wanted + usize::from(host_tier.is_some());
     let view = node.view().clone();
     runtime.block_on(async {
         let announce = async {
@@ -167,8 +176,33 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         }
     })?;
     rehomed(node.view());
+    if let Some(host) = &host_tier {
+        host.drain();
+        rehomed(host.view());
+    }
     node.stop();
+    if let Some(host) = host_tier {
+        host.stop();
+    }
     Ok(())
+}
+
+/// Host memory beside an engine on a GPU: a lender in this process. The engine
+/// borrows from it as from any other, and its KV there is attended to by this
+/// host's cores, where it lies.
+fn host_tier(args: &Args, config: &NodeConfig, node: &Node) -> anyhow::Result<Option<Node>> {
+    let Some(bytes) = args.host_kv_memory else { return Ok(None) };
+    if args.no_model || args.engine.device == DeviceName::Cpu {
+        bail!("--host-kv-memory is for a model on a GPU (--device cuda:0); here all memory is the host's: --kv-memory");
+    }
+    let config = NodeConfig {
+        join: vec![node.control_address().to_owned()],
+        fabric_listen: SocketAddr::new(config.fabric_listen.ip(), 0),
+        peers: None,
+        lend: 1.0,
+        ..config.clone()
+    };
+    Ok(Some(Node::lender(&config, bytes.0)?))
 }
 
 /// Waits until nothing is lent or borrowed any more, as long as it becomes less.
@@ -278,21 +312,24 @@ fn local_ip_towards(target: &str) -> anyhow::Result<IpAddr> {
     Ok(socket.local_addr()?.ip())
 }
 
-fn kv_bytes(args: &Args, files: Option<&ModelFiles>) -> anyhow::Result<usize> {
+fn kv_bytes(args: &Args, files: Option<&ModelFiles>) -> anyhow::Result<Option<usize>> {
     if let Some(tokens) = args.kv_tokens {
         let Some(files) = files else { bail!("--kv-tokens needs a model to know a token's size; use --kv-memory") };
         let shape = files.config.kv_shape(args.engine.block_tokens, args.engine.kv_dtype.into());
-        return Ok(shape.blocks_for(tokens) * shape.block_bytes());
+        return Ok(Some(shape.blocks_for(tokens) * shape.block_bytes()));
     }
     if let Some(bytes) = args.kv_memory {
-        return Ok(bytes.0);
+        return Ok(Some(bytes.0));
+    }
+    if files.is_some() && args.engine.device != DeviceName::Cpu {
+        return Ok(None);
     }
     let meminfo =
         std::fs::read_to_string("/proc/meminfo").context("reading how much memory is free; give --kv-memory")?;
     let available = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib = available.and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse::<usize>().ok());
     let kib = kib.ok_or_else(|| anyhow!("the system does not say how much memory is free; give --kv-memory"))?;
-    Ok(kib * 1024 / 4)
+    Ok(Some(kib * 1024 / 4))
 }
 
 fn state(

@@ -3,10 +3,13 @@
 //! is written once for all devices.
 //!
 //! A step is: [`Device::begin_step`] with the step's metadata, then kernels in
-//! order, then [`Device::download`]. Kernels are asynchronous where the
-//! hardware is; `download` waits. Nothing in a step allocates.
+//! order, then [`Device::end_step`], then [`Device::choose`] or
+//! [`Device::download`]. Kernels are asynchronous where the hardware is; those
+//! two wait. Nothing in a step allocates.
 
+mod choice;
 pub mod cpu;
+pub mod cuda;
 pub mod tensor;
 
 use std::ops::Range;
@@ -15,6 +18,7 @@ use std::sync::Arc;
 use crate::kv::pool::KvPool;
 use crate::kv::rblock::KvRun;
 pub use crate::kv::step::{AttnSeq, RowSlot, StepInput};
+pub use choice::{Choice, Chosen, Logprobs};
 use tensor::RawTensor;
 
 /// A device refused something.
@@ -76,6 +80,39 @@ pub struct Rope {
     pub interleaved: bool,
 }
 
+/// What is to be done for a step that a device has taken in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// Call its kernels, for this many rows and rows of logits: those of the step,
+    /// or more where the device pads it.
+    Run {
+        /// Rows.
+        rows: usize,
+        /// Rows of logits.
+        logits: usize,
+    },
+    /// The device repeats kernels that it has recorded: call none.
+    Replayed,
+}
+
+/// An RMS norm.
+#[derive(Debug)]
+pub struct Norm<'a, V> {
+    /// Its weights.
+    pub weight: &'a V,
+    /// What is added to the mean square.
+    pub eps: f32,
+}
+
+// Derived, they would ask the same of the vector.
+impl<V> Clone for Norm<'_, V> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<V> Copy for Norm<'_, V> {}
+
 /// The kernels of a transformer step.
 pub trait Device: Send {
     /// A linear layer's weights `[out, in]`, in the device's own packing.
@@ -98,14 +135,28 @@ pub trait Device: Send {
     /// Allocates activations for up to `rows` rows.
     fn buffer(&mut self, rows: usize, cols: usize) -> Result<Self::Buffer>;
 
-    /// Takes in a step's metadata: positions, KV slots, attention lists.
-    fn begin_step(&mut self, rope: &Rope, step: &StepInput<'_>) -> Result<()>;
+    /// As [`buffer`](Self::buffer), in single precision whatever precision the
+    /// device computes in: the residual stream, logits, lse.
+    fn buffer_f32(&mut self, rows: usize, cols: usize) -> Result<Self::Buffer> {
+        self.buffer(rows, cols)
+    }
+
+    /// Takes in a step's metadata: positions, KV slots, attention lists, and the
+    /// pool of its KV. `local`: all keys lie here, so that nothing will happen
+    /// between its kernels.
+    fn begin_step(&mut self, rope: &Rope, step: &StepInput<'_>, pool: &KvPool, local: bool) -> Result<Pass>;
+
+    /// All kernels of the step were called. An error of any of them comes out
+    /// here, at the latest with what waits for them.
+    fn end_step(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// `out[r] = table[tokens[r]]` for the step's tokens.
     fn embed(&mut self, table: &Self::Matrix, out: &mut Self::Buffer);
 
     /// `out[r] = x[r] / rms(x[r]) · weight` for `rows` rows.
-    fn rms_norm(&mut self, x: &Self::Buffer, rows: usize, weight: &Self::Vector, eps: f32, out: &mut Self::Buffer);
+    fn rms_norm(&mut self, x: &Self::Buffer, rows: usize, norm: Norm<'_, Self::Vector>, out: &mut Self::Buffer);
 
     /// `out[r] = x[r] · Wᵀ (+ bias)`.
     fn linear(
@@ -126,6 +177,37 @@ pub trait Device: Send {
         bias: Option<&Self::Vector>,
         out: &mut Self::Buffer,
     );
+
+    /// A linear layer of stacked gate and up features, and SwiGLU of them;
+    /// `gate_up` is scratch for what lies between.
+    fn linear_swiglu(
+        &mut self,
+        x: &Self::Buffer,
+        rows: usize,
+        weight: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        gate_up: &mut Self::Buffer,
+        out: &mut Self::Buffer,
+    ) {
+        self.linear(x, rows, weight, bias, gate_up);
+        self.swiglu(gate_up, rows, out);
+    }
+
+    /// As [`linear_add`](Self::linear_add) into `out`, and the norm of the sum
+    /// into `normed`, for the linear layer that comes next.
+    fn linear_add_norm(
+        &mut self,
+        x: &Self::Buffer,
+        rows: usize,
+        weight: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        out: &mut Self::Buffer,
+        norm: Norm<'_, Self::Vector>,
+        normed: &mut Self::Buffer,
+    ) {
+        self.linear_add(x, rows, weight, bias, out);
+        self.rms_norm(out, rows, norm, normed);
+    }
 
     /// On the step's fused QKV rows: RMS-norm of each Q and K head where
     /// weights are given (`(q_norm, k_norm, eps)`), rotary embedding of Q and K
@@ -173,11 +255,22 @@ pub trait Device: Send {
     /// `out[r] = silu(x[r][..n]) · x[r][n..]` with n = half of x's columns.
     fn swiglu(&mut self, gate_up: &Self::Buffer, rows: usize, out: &mut Self::Buffer);
 
-    /// `out[i] = x[rows[i]]`.
+    /// `out[i] = x[rows[i]]`, for the step's logit rows.
     fn gather(&mut self, x: &Self::Buffer, rows: &[u32], out: &mut Self::Buffer);
 
     /// Waits for everything before it and copies `rows` rows to the host.
-    fn download(&mut self, x: &Self::Buffer, rows: usize, dst: &mut [f32]);
+    fn download(&mut self, x: &Self::Buffer, rows: usize, dst: &mut [f32]) -> Result<()>;
+
+    /// Whether [`choose`](Self::choose) does.
+    const CHOOSES: bool = false;
+
+    /// Waits for everything before it and chooses a token by each of `choices`
+    /// from its row of `logits`, which may be changed, into `chosen`, which is
+    /// empty before. False where this device leaves that to the host.
+    fn choose(&mut self, logits: &mut Self::Buffer, choices: &[Choice<'_>], chosen: &mut Vec<Chosen>) -> Result<bool> {
+        let _ = (logits, choices, chosen);
+        Ok(false)
+    }
 }
 
 /// MicroAttention over lent rBlocks, for a creditor: the same mathematics as

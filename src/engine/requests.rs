@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::mpsc;
 
 use super::handle::{FinishReason, Output, Request};
+use crate::device::{Choice, Chosen};
 use crate::model::sampler::{Sampler, TokenLogprobs};
 use crate::schedule::batch::BatchItem;
 use crate::schedule::sequence::{SeqId, Sequence};
@@ -25,6 +26,14 @@ pub(super) struct Client {
     started: bool,
     /// Those of the prompt's tokens, until they are reported.
     prompt_logprobs: Option<Vec<TokenLogprobs>>,
+}
+
+/// What a step computed of a sequence.
+pub(super) enum Computed<'a> {
+    /// Its rows of logits, `[item.logits, vocab]`.
+    Logits(&'a mut [f32]),
+    /// The token that the device chose, where the rows reach the sequence's end.
+    Chosen(Option<Chosen>),
 }
 
 /// What became of a sequence with its step.
@@ -83,14 +92,41 @@ impl Clients {
         }
     }
 
-    /// Takes a sequence's rows of logits (`[item.logits, vocab]`): reports the
-    /// prompt's logprobs, chooses a token where the rows reach the sequence's
-    /// end, and tells the client.
+    /// Whether a sequence's rows of logits are to be seen by the host: where it
+    /// collects the logprobs of its prompt.
+    pub(super) fn wants_logits(&self, item: &BatchItem) -> bool {
+        self.by_seq.get(&item.seq).is_some_and(|client| client.prompt_logprobs.is_some())
+    }
+
+    /// The choice of the next token of each of `items` whose rows reach the end of
+    /// its sequence (`at_end`), with the item's index. A request that asks for
+    /// what cannot be chosen fails here.
+    pub(super) fn choices(
+        &mut self,
+        items: &[BatchItem],
+        at_end: impl Fn(&BatchItem) -> bool,
+        vocab: usize,
+    ) -> (Vec<usize>, Vec<Choice<'_>>) {
+        let mut index = BTreeMap::new();
+        for (i, item) in items.iter().enumerate().filter(|(_, item)| !item.logits.is_empty() && at_end(item)) {
+            match self.by_seq.get(&item.seq).map(|client| client.sampler.check(vocab)) {
+                Some(Ok(())) => drop(index.insert(item.seq, i)),
+                Some(Err(error)) => self.fail(item.seq, error.to_string()),
+                None => {}
+            }
+        }
+        let clients = self.by_seq.iter_mut().filter_map(|(seq, client)| Some((*index.get(seq)?, client)));
+        clients.map(|(i, client)| (i, client.sampler.choice(items[i].logits.end - 1, vocab))).unzip()
+    }
+
+    /// Takes a sequence's rows of logits (`[item.logits, vocab]`), or the token
+    /// chosen from them: reports the prompt's logprobs, chooses a token where the
+    /// rows reach the sequence's end, and tells the client.
     pub(super) fn advance(
         &mut self,
         item: &BatchItem,
         sequence: &Sequence,
-        logits: &mut [f32],
+        computed: Computed<'_>,
         vocab: usize,
     ) -> Verdict {
         let Some(client) = self.by_seq.get_mut(&item.seq) else { return Verdict::Over };
@@ -102,7 +138,7 @@ impl Clients {
             return Verdict::Continues(None);
         }
         let end = item.position as usize + item.rows.len();
-        if let Some(collected) = &mut client.prompt_logprobs {
+        if let (Some(collected), Computed::Logits(logits)) = (&mut client.prompt_logprobs, &computed) {
             let first = end - item.logits.len();
             if first == 0 {
                 // From the start, perhaps for a second time.
@@ -126,8 +162,15 @@ impl Clients {
         if end < sequence.tokens.len() {
             return Verdict::Continues(None);
         }
-        let last = logits.len() - vocab;
-        let (id, logprobs) = match client.sampler.sample(&mut logits[last..]) {
+        let chosen = match computed {
+            Computed::Logits(logits) => {
+                let last = logits.len() - vocab;
+                client.sampler.sample(&mut logits[last..])
+            }
+            Computed::Chosen(Some(chosen)) => client.sampler.accept(chosen),
+            Computed::Chosen(None) => return Verdict::Continues(None),
+        };
+        let (id, logprobs) = match chosen {
             Ok(chosen) => chosen,
             Err(error) => {
                 self.fail(item.seq, error.to_string());

@@ -12,14 +12,14 @@ use tokio::sync::mpsc;
 
 use super::doubts::Doubts;
 use super::handle::{EngineHandle, EngineStats, Output, Rejected, Request, Submit};
-use super::requests::{Clients, LogitTap, Verdict};
+use super::requests::{Clients, Computed, LogitTap, Verdict};
 use crate::attention::debtor::{BlockMove, Debtor, LaneState, RemotePart};
 use crate::attention::exchange::ExchangeStats;
 use crate::attention::fetch::Landed;
 use crate::attention::wire::{LoanView, Placement, PlanEntry};
 use crate::control::perf::Fit;
 use crate::control::slack::Slack;
-use crate::device::Device;
+use crate::device::{Chosen, Device, DeviceError};
 use crate::kv::moves::{Errand, Held};
 use crate::kv::pool::KvPool;
 use crate::kv::prefix::PrefixCache;
@@ -218,6 +218,10 @@ pub struct Engine<D: Device> {
     batch: Batch,
     moves: Vec<Spill>,
     logits: Vec<f32>,
+    /// What the device chose of the last step, by batch item.
+    chosen: Vec<Option<Chosen>>,
+    /// The last step's logits were brought to `logits`, to choose here.
+    on_host: bool,
     tap: Option<LogitTap>,
     stopped: bool,
 }
@@ -305,6 +309,8 @@ where
             batch: Batch::default(),
             moves: Vec::new(),
             logits: vec![0.0; config.schedule.max_logits * vocab],
+            chosen: Vec::new(),
+            on_host: true,
             tap: parts.tap,
             stopped: false,
         };
@@ -439,29 +445,19 @@ where
         let parts: Vec<RemotePart> =
             self.batch.items.iter().flat_map(|item| remote_parts(&self.scheduler, item)).collect();
         self.debtor.begin_step(parts, streaming.iter().copied());
-        let vocab = self.model.config().vocab;
-        let rows = self.batch.logit_rows.len();
-        let computed = self.model.forward(
-            &mut self.device,
-            &self.pool,
-            &self.batch.input(),
-            &self.batch.logit_rows,
-            &mut self.debtor,
-            &mut self.logits[..rows * vocab],
-        );
+        let computed = self.model.forward(&mut self.device, &self.pool, &self.batch.input(), &mut self.debtor);
         self.debtor.flush(&streaming);
         self.settle_losses();
         if let Err(error) = computed {
-            for item in &self.batch.items {
-                self.scheduler.remove(item.seq);
-                self.clients.fail(item.seq, format!("the step failed: {error}"));
-            }
-            return;
+            return self.fail_step(&error);
         }
         // What a loss has undone leaves the batch here; the rest counts.
         self.scheduler.complete(&mut self.batch);
+        if let Err(error) = self.choose() {
+            return self.fail_step(&error);
+        }
         self.debtor.place(self.batch.spills.iter().map(block_move));
-        self.deliver(vocab);
+        self.deliver();
         // Steps of one kind, so that a key costs the same in all of them.
         let decode = !self.batch.items.is_empty() && self.batch.items.iter().all(|item| item.rows.len() == 1);
         if decode {
@@ -476,9 +472,44 @@ where
         }
     }
 
-    fn deliver(&mut self, vocab: usize) {
-        let (mut prompt, mut generated) = (0, 0);
+    fn fail_step(&mut self, error: &DeviceError) {
         for item in &self.batch.items {
+            self.scheduler.remove(item.seq);
+            self.clients.fail(item.seq, format!("the step failed: {error}"));
+        }
+    }
+
+    /// Has the device choose the step's tokens; or brings the logits here, where
+    /// it does not choose or somebody wants to see them.
+    fn choose(&mut self) -> Result<(), DeviceError> {
+        let Self { model, device, scheduler, clients, batch, logits, chosen, tap, .. } = self;
+        let vocab = model.config().vocab;
+        chosen.clear();
+        chosen.resize(batch.items.len(), None);
+        self.on_host = true;
+        if D::CHOOSES && tap.is_none() && !batch.items.iter().any(|item| clients.wants_logits(item)) {
+            let at_end = |item: &BatchItem| {
+                let end = item.position as usize + item.rows.len();
+                scheduler.get(item.seq).is_some_and(|sequence| end >= sequence.tokens.len())
+            };
+            let (items, choices) = clients.choices(&batch.items, at_end, vocab);
+            let mut picked = Vec::new();
+            if model.choose(device, &choices, &mut picked)? {
+                items.into_iter().zip(picked).for_each(|(item, token)| chosen[item] = Some(token));
+                self.on_host = false;
+                return Ok(());
+            }
+        }
+        let rows = batch.logit_rows.len();
+        model.logits(device, rows, &mut logits[..rows * vocab])
+    }
+
+    fn deliver(&mut self) {
+        let vocab = self.model.config().vocab;
+        let (mut prompt, mut generated) = (0, 0);
+        let mut chosen = self.chosen.drain(..);
+        for item in &self.batch.items {
+            let chosen = chosen.next().flatten();
             let Some(sequence) = self.scheduler.get(item.seq) else { continue };
             let logits = &mut self.logits[item.logits.start as usize * vocab..item.logits.end as usize * vocab];
             if let Some(tap) = &mut self.tap {
@@ -490,7 +521,8 @@ where
             if !item.again {
                 prompt += end.min(sequence.prompt_len).saturating_sub(item.position as usize);
             }
-            match self.clients.advance(item, sequence, logits, vocab) {
+            let computed = if self.on_host { Computed::Logits(logits) } else { Computed::Chosen(chosen) };
+            match self.clients.advance(item, sequence, computed, vocab) {
                 Verdict::Continues(None) => {}
                 Verdict::Continues(Some(token)) => {
                     generated += 1;

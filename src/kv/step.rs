@@ -41,4 +41,6 @@ pub struct StepInput<'a> {
     pub seqs: &'a [AttnSeq],
     /// The sequences' KV runs.
     pub runs: &'a [KvRun],
+    /// Rows whose logits are wanted, ascending.
+    pub logit_rows: &'a [u32],
 }

@@ -2,7 +2,7 @@
 //! written once for every family and device.
 
 use crate::attention::LayerHook;
-use crate::device::{self, Device, StepInput};
+use crate::device::{self, Choice, Chosen, Device, Norm, Pass, StepInput};
 use crate::kv::pool::KvPool;
 
 use super::config::ModelConfig;
@@ -89,15 +89,15 @@ impl<D: Device> Transformer<D> {
 
         let shape = &config.attention;
         let scratch = Scratch {
-            residual: device.buffer(max_rows, config.hidden)?,
+            residual: device.buffer_f32(max_rows, config.hidden)?,
             normed: device.buffer(max_rows, config.hidden)?,
             qkv: device.buffer(max_rows, shape.qkv_width())?,
             attended: device.buffer(max_rows, shape.q_width())?,
-            lse: device.buffer(max_rows, shape.heads)?,
+            lse: device.buffer_f32(max_rows, shape.heads)?,
             gate_up: device.buffer(max_rows, 2 * config.ffn)?,
             activated: device.buffer(max_rows, config.ffn)?,
-            selected: device.buffer(max_logits, config.hidden)?,
-            logits: device.buffer(max_logits, config.vocab)?,
+            selected: device.buffer_f32(max_logits, config.hidden)?,
+            logits: device.buffer_f32(max_logits, config.vocab)?,
         };
         Ok(Self { config: config.clone(), embedding, layers, final_norm, lm_head, scratch, max_rows, max_logits })
     }
@@ -117,50 +117,70 @@ impl<D: Device> Transformer<D> {
         self.max_logits
     }
 
-    /// Computes one step: appends the KV of every row to `pool` and writes the
-    /// logits of `logit_rows` to `logits`, `[logit_rows, vocab]`. Returns when
-    /// they are there.
+    /// Computes one step: appends the KV of every row to `pool` and leaves the
+    /// logits of the step's logit rows on the device, for
+    /// [`logits`](Self::logits) or [`choose`](Self::choose), which wait for them.
     pub fn forward(
         &mut self,
         device: &mut D,
         pool: &KvPool,
         step: &StepInput<'_>,
-        logit_rows: &[u32],
         hook: &mut impl LayerHook<D>,
-        logits: &mut [f32],
     ) -> device::Result<()> {
-        let rows = step.tokens.len();
-        assert!(rows <= self.max_rows && logit_rows.len() <= self.max_logits, "the scheduler keeps to the limits");
+        let wanted = step.logit_rows.len();
+        assert!(step.tokens.len() <= self.max_rows && wanted <= self.max_logits, "the scheduler keeps to the limits");
         let Self { config, scratch: s, .. } = self;
-        let (shape, eps) = (&config.attention, config.norm_eps);
+        let shape = &config.attention;
+        let norm = |weight| Norm { weight, eps: config.norm_eps };
 
-        device.begin_step(&config.rope, step)?;
+        let Pass::Run { rows, logits } = device.begin_step(&config.rope, step, pool, hook.is_idle())? else {
+            return Ok(());
+        };
         device.embed(&self.embedding, &mut s.residual);
+        if let Some(first) = self.layers.first() {
+            device.rms_norm(&s.residual, rows, norm(&first.attention_norm), &mut s.normed);
+        }
         for (index, layer) in self.layers.iter().enumerate() {
-            device.rms_norm(&s.residual, rows, &layer.attention_norm, eps, &mut s.normed);
             device.linear(&s.normed, rows, &layer.qkv, layer.qkv_bias.as_ref(), &mut s.qkv);
-            let qk_norm = layer.qk_norm.as_ref().map(|(q, k)| (q, k, eps));
+            let qk_norm = layer.qk_norm.as_ref().map(|(q, k)| (q, k, config.norm_eps));
             device.rope_append(shape, qk_norm, index, pool, &mut s.qkv);
             hook.queries_ready(index, device, &s.qkv);
             device.attention(shape, config.window(index), index, pool, &s.qkv, &mut s.attended, &mut s.lse);
             hook.local_done(index, device, &mut s.attended, &mut s.lse);
-            device.linear_add(&s.attended, rows, &layer.output, layer.output_bias.as_ref(), &mut s.residual);
+            let (bias, next) = (layer.output_bias.as_ref(), norm(&layer.mlp_norm));
+            device.linear_add_norm(&s.attended, rows, &layer.output, bias, &mut s.residual, next, &mut s.normed);
 
-            device.rms_norm(&s.residual, rows, &layer.mlp_norm, eps, &mut s.normed);
-            device.linear(&s.normed, rows, &layer.gate_up, layer.gate_up_bias.as_ref(), &mut s.gate_up);
-            device.swiglu(&s.gate_up, rows, &mut s.activated);
-            device.linear_add(&s.activated, rows, &layer.down, layer.down_bias.as_ref(), &mut s.residual);
+            let bias = layer.gate_up_bias.as_ref();
+            device.linear_swiglu(&s.normed, rows, &layer.gate_up, bias, &mut s.gate_up, &mut s.activated);
+            let (x, bias) = (&s.activated, layer.down_bias.as_ref());
+            match self.layers.get(index + 1) {
+                Some(next) => {
+                    let next = norm(&next.attention_norm);
+                    device.linear_add_norm(x, rows, &layer.down, bias, &mut s.residual, next, &mut s.normed);
+                }
+                None => device.linear_add(x, rows, &layer.down, bias, &mut s.residual),
+            }
         }
-        if logit_rows.is_empty() {
-            return Ok(());
+        if logits > 0 {
+            device.gather(&s.residual, step.logit_rows, &mut s.selected);
+            device.rms_norm(&s.selected, logits, norm(&self.final_norm), &mut s.normed);
+            let head = self.lm_head.as_ref().unwrap_or(&self.embedding);
+            device.linear(&s.normed, logits, head, None, &mut s.logits);
         }
-        let count = logit_rows.len();
-        device.gather(&s.residual, logit_rows, &mut s.selected);
-        device.rms_norm(&s.selected, count, &self.final_norm, eps, &mut s.normed);
-        let head = self.lm_head.as_ref().unwrap_or(&self.embedding);
-        device.linear(&s.normed, count, head, None, &mut s.logits);
-        device.download(&s.logits, count, logits);
-        Ok(())
+        device.end_step()
+    }
+
+    /// Copies the first `rows` rows of the last step's logits to `logits`,
+    /// `[rows, vocab]`.
+    pub fn logits(&mut self, device: &mut D, rows: usize, logits: &mut [f32]) -> device::Result<()> {
+        device.download(&self.scratch.logits, rows, logits)
+    }
+
+    /// Chooses tokens from the last step's logits, where they lie; false where
+    /// the device leaves that to the host.
+    pub fn choose(&mut self, device: &mut D, choices: &[Choice<'_>], chosen: &mut Vec<Chosen>) -> device::Result<bool> {
+        chosen.clear();
+        device.choose(&mut self.scratch.logits, choices, chosen)
     }
 }
 

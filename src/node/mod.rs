@@ -7,6 +7,7 @@
 
 mod control_loop;
 mod datagrams;
+pub mod device;
 pub mod rank;
 mod start;
 pub mod transports;

@@ -15,6 +15,7 @@ use distkv_fabric::{Transport, Waker};
 
 use super::control_loop::{ClusterView, ControlLoop, NodeCommand, NodeLink};
 use super::datagrams::Datagrams;
+use super::device::{DeviceName, EngineDevice};
 use super::transports::{self, FabricChoice, Transports};
 use crate::attention::creditor::{Creditor, CreditorStats};
 use crate::attention::debtor::{Debtor, DebtorConfig};
@@ -26,11 +27,12 @@ use crate::control::rmanager::{PoolSource, RManager};
 use crate::control::row::Profile;
 use crate::control::seal::KEY_BYTES;
 use crate::device::cpu::{CpuDevice, CpuHolder, CpuOptions, Math};
-use crate::device::{Device, DeviceError, HolderKernel};
+use crate::device::cuda::CudaDevice;
+use crate::device::{DeviceError, HolderKernel};
 use crate::engine::{Command, Engine, EngineConfig, EngineHandle, EngineStats, LogitTap, Parts, Running};
 use crate::kv::pool::KvPool;
 use crate::kv::prefix::PrefixCache;
-use crate::kv::rblock::{InstanceId, KvDtype};
+use crate::kv::rblock::{InstanceId, KvDtype, KvShape};
 use crate::model::config::ModelConfig;
 use crate::model::transformer::{LoadError, Transformer};
 use crate::model::weights::{LayerParam, Param, WeightSource};
@@ -110,8 +112,10 @@ pub struct ModelParts {
     pub kv_dtype: KvDtype,
     /// Tokens an rBlock.
     pub block_tokens: usize,
-    /// Bytes of local KV memory.
-    pub kv_bytes: usize,
+    /// What it runs on.
+    pub device: DeviceName,
+    /// Bytes of local KV memory; `None`: all that is left of a GPU's.
+    pub kv_bytes: Option<usize>,
     /// Device threads.
     pub threads: usize,
     /// Precision of activations inside products.
@@ -185,27 +189,27 @@ pub struct Node {
     peer_key: [u8; KEY_BYTES],
 }
 
-/// Fewest blocks with which an engine can do anything.
-const LEAST_BLOCKS: usize = 4;
+impl ModelParts {
+    /// Shape of the model's KV.
+    pub fn kv_shape(&self) -> KvShape {
+        self.config.kv_shape(self.block_tokens, self.kv_dtype)
+    }
+}
 
 impl Node {
     /// Starts a node that runs a model: loads the weights, allocates the pool,
     /// starts all threads.
-    pub fn engine(config: &NodeConfig, mut model: ModelParts) -> Result<Self, NodeError> {
-        let shape = model.config.kv_shape(model.block_tokens, model.kv_dtype);
-        let blocks = model.kv_bytes / shape.block_bytes();
-        if blocks < LEAST_BLOCKS {
-            let (block, least) = (shape.block_bytes(), LEAST_BLOCKS * shape.block_bytes());
-            return Err(NodeError::Memory { given: model.kv_bytes, blocks, block, least });
+    pub fn engine(config: &NodeConfig, model: ModelParts) -> Result<Self, NodeError> {
+        match model.device {
+            DeviceName::Cpu => Self::engine_on::<CpuDevice>(config, model),
+            DeviceName::Cuda(_) => Self::engine_on::<CudaDevice>(config, model),
         }
-        let fingerprint = fingerprint(&model.config, model.weights.as_ref(), model.kv_dtype, model.math);
-        let mut device = CpuDevice::new(CpuOptions {
-            threads: model.threads,
-            pin: config.pin,
-            math: model.math,
-            max_rows: model.schedule.max_rows,
-            isa: None,
-        })?;
+    }
+
+    fn engine_on<D: EngineDevice>(config: &NodeConfig, mut model: ModelParts) -> Result<Self, NodeError> {
+        let shape = model.kv_shape();
+        let mut device = D::make(config.pin, &model)?;
+        let fingerprint = fingerprint(&model);
         let transformer = Transformer::load(
             &mut device,
             &model.config,
@@ -214,10 +218,13 @@ impl Node {
             model.schedule.max_logits,
             &mut model.progress,
         )?;
-        let pool = Arc::new(KvPool::new(shape, blocks as u32)?);
+        let pool = Arc::new(device.pool(shape, model.kv_bytes)?);
         let prefix = Arc::new(Mutex::new(PrefixCache::new(&fingerprint, model.block_tokens)));
         let source = PoolSource::Pool { pool: pool.clone(), prefix: Some(prefix.clone()) };
-        let mut assembly = Assembly::new(config, source, Role::Engine)?;
+        // A GPU's memory is not lent: no debtor's write reaches it. What such a
+        // node lends is host memory, as a lender beside its engine.
+        let lend = if pool.on_host().is_some() { config.lend } else { 0.0 };
+        let mut assembly = Assembly::new(&NodeConfig { lend, ..config.clone() }, source, Role::Engine)?;
         assembly.config.profile.model = Some(fingerprint);
         assembly.config.shape = Some(shape);
 
@@ -240,7 +247,7 @@ impl Node {
             assembly.transports(config)?,
             exchange.clone(),
         )?;
-        let inbox = Engine::<CpuDevice>::inbox();
+        let inbox = Engine::<D>::inbox();
         let engine_config = EngineConfig {
             schedule: model.schedule,
             max_model_len: model.max_model_len,
@@ -589,11 +596,17 @@ fn listen(address: SocketAddr, security: &Security) -> Result<(TcpTransport, Udp
 }
 
 /// Names everything that changes the KV of the same tokens: configuration,
-/// element types, and a sample of every weight. The same in every process.
-fn fingerprint(config: &ModelConfig, weights: &dyn WeightSource, dtype: KvDtype, math: Math) -> [u8; 32] {
+/// element types, arithmetic, and a sample of every weight. The same in every
+/// process.
+fn fingerprint(model: &ModelParts) -> [u8; 32] {
     const SAMPLE: usize = 4096;
+    let (config, weights, dtype) = (&model.config, model.weights.as_ref(), model.kv_dtype);
+    let math = match model.device {
+        DeviceName::Cpu => format!("{:?}", model.math),
+        DeviceName::Cuda(_) => "cuda".into(),
+    };
     let mut hasher = blake3::Hasher::new_derive_key("distkv model fingerprint v1");
-    hasher.update(format!("{config:?} {dtype:?} {math:?}").as_bytes());
+    hasher.update(format!("{config:?} {dtype:?} {math}").as_bytes());
     let mut add = |param: Param| {
         if let Some(tensor) = weights.get(param) {
             hasher.update(format!("{param:?} {} {}x{}", tensor.dtype, tensor.rows, tensor.cols).as_bytes());

@@ -93,6 +93,12 @@ impl Batch {
 
     /// As the device takes it.
     pub fn input(&self) -> StepInput<'_> {
-        StepInput { tokens: &self.tokens, slots: &self.slots, seqs: &self.seqs, runs: &self.runs }
+        StepInput {
+            tokens: &self.tokens,
+            slots: &self.slots,
+            seqs: &self.seqs,
+            runs: &self.runs,
+            logit_rows: &self.logit_rows,
+        }
     }
 }

@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 
 use distkv::device::cpu::Math;
 use distkv::device::tensor::DType;
-use distkv::engine::{FinishReason, Output, Request, Stream};
+use distkv::engine::{FinishReason, LogitTap, Output, Request, Stream};
 use distkv::kv::rblock::KvDtype;
 use distkv::model::load::{self, ModelFiles};
 use distkv::model::sampler::SamplingParams;
 use distkv::model::synth::synth_to;
+use distkv::node::device::DeviceName;
 use distkv::node::transports::FabricChoice;
 use distkv::node::{ModelParts, Node, NodeConfig, Tuning};
 use distkv::schedule::scheduler::SchedulerConfig;
@@ -60,11 +61,16 @@ pub struct Cluster {
 /// How a cluster is made.
 #[derive(Clone)]
 pub struct Setup {
+    pub device: DeviceName,
     pub fabric: FabricChoice,
     pub kv_dtype: KvDtype,
     /// KV tokens of node 0, then of each lender.
     pub tokens: Vec<usize>,
     pub chunk: usize,
+    /// Most sequences of a step.
+    pub sequences: usize,
+    /// All logits are seen (`Cluster::logits`).
+    pub taps: bool,
     pub threads: usize,
     pub math: Math,
     pub tuning: Tuning,
@@ -76,10 +82,13 @@ pub struct Setup {
 impl Setup {
     pub fn new(fabric: FabricChoice, kv_dtype: KvDtype, tokens: &[usize]) -> Self {
         Self {
+            device: DeviceName::Cpu,
             fabric,
             kv_dtype,
             tokens: tokens.to_vec(),
             chunk: 128,
+            sequences: 64,
+            taps: true,
             threads: 1,
             math: Math::Exact,
             tuning: Tuning::default(),
@@ -112,13 +121,14 @@ impl Setup {
         let bytes = |tokens: usize| shape.blocks_for(tokens) * shape.block_bytes();
         let lenders: Vec<Node> = self.tokens[1..].iter().map(|&t| Node::lender(&config, bytes(t)).unwrap()).collect();
         let join = lenders.iter().map(|l| l.control_address().to_string()).collect();
-        let max_sequences = 64;
+        let max_sequences = self.sequences;
         let parts = ModelParts {
             config: files.config.clone(),
             weights: files.weights.clone(),
             kv_dtype: self.kv_dtype,
             block_tokens: 16,
-            kv_bytes: bytes(self.tokens[0]),
+            device: self.device,
+            kv_bytes: Some(bytes(self.tokens[0])),
             threads: self.threads,
             math: self.math,
             schedule: SchedulerConfig {
@@ -131,7 +141,9 @@ impl Setup {
             },
             max_model_len: files.config.max_positions,
             max_waiting: 1024,
-            tap: Some(Box::new(move |_, position, row: &[f32]| seen.lock().unwrap().push((position, row.to_vec())))),
+            tap: self.taps.then(|| -> LogitTap {
+                Box::new(move |_, position, row| seen.lock().unwrap().push((position, row.to_vec())))
+            }),
             progress: Box::new(|_| {}),
         };
         let name = config.cluster.clone();

@@ -1,5 +1,5 @@
-//! `distkv bench attention`: MicroAttention over paged KV on the CPU, beside
-//! the read bandwidth that the same threads reach in the same run.
+//! `distkv bench attention`: MicroAttention over paged KV, beside the read
+//! bandwidth that the same threads, or the same GPU, reach in the same run.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,12 +7,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use hdrhistogram::Histogram;
 
+use super::kv::fill;
 use super::report::{Output, Report};
 use crate::device::cpu::bandwidth::ReadSweep;
 use crate::device::cpu::{CpuHolder, CpuOptions};
-use crate::device::{AttentionShape, AttnSeq, HolderKernel};
+use crate::device::cuda::driver::Event;
+use crate::device::cuda::{CudaDevice, CudaOptions, Element};
+use crate::device::{AttentionShape, AttnSeq, Device, HolderKernel, Rope, RowSlot, StepInput};
 use crate::kv::pool::KvPool;
 use crate::kv::rblock::{KvDtype, KvRun, KvShape};
+use crate::node::device::DeviceName;
 
 /// The floor is measured again before each of these rounds.
 const ROUNDS: u32 = 8;
@@ -44,6 +48,9 @@ pub struct Args {
     /// Tokens of an rBlock.
     #[arg(long, default_value_t = crate::kv::rblock::DEFAULT_BLOCK_TOKENS)]
     pub block_tokens: usize,
+    /// `cpu`, or a GPU, `cuda:0`.
+    #[arg(long, env = "DISTKV_DEVICE", default_value_t)]
+    pub device: DeviceName,
     /// Threads; as many as there are cores unless given.
     #[arg(long)]
     pub threads: Option<usize>,
@@ -97,8 +104,6 @@ pub fn measure(args: &Args) -> anyhow::Result<Figures> {
         "--batch, --rows and --block-tokens must be over 0"
     );
     ensure!(args.depth >= args.rows, "--depth must be at least --rows");
-    let options = CpuOptions::default();
-    let threads = args.threads.unwrap_or(options.threads);
     let shape = AttentionShape {
         heads: args.heads,
         kv_heads: args.kv_heads,
@@ -115,30 +120,108 @@ pub fn measure(args: &Args) -> anyhow::Result<Figures> {
     let blocks = args.batch * kv.blocks_for(args.depth);
     // Layers are what rotates.
     kv.layers = u32::try_from((args.rotation << 20).div_ceil(blocks * kv.layer_bytes()).max(1))?;
-    let pool = Arc::new(KvPool::new(kv, u32::try_from(blocks)?).context("allocating the KV")?);
-    fill(&pool, args.kv_dtype)?;
-    let (seqs, runs) = layout(args, blocks);
+    let work = Work { shape, kv, blocks, layout: layout(args, blocks) };
+    match args.device {
+        DeviceName::Cpu => on_cpu(args, &work),
+        DeviceName::Cuda(ordinal) => on_gpu(args, &work, ordinal),
+    }
+}
+
+/// What is to be attended to.
+struct Work {
+    shape: AttentionShape,
+    kv: KvShape,
+    blocks: usize,
+    layout: (Vec<AttnSeq>, Vec<KvRun>),
+}
+
+impl Work {
+    /// `[rows, width]` of values in −1 up to 1.
+    fn queries(&self, rows: usize, width: usize) -> Vec<f32> {
+        (0..rows * width).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect()
+    }
+}
+
+fn on_cpu(args: &Args, work: &Work) -> anyhow::Result<Figures> {
+    let Work { shape, kv, blocks, layout: (seqs, runs) } = work;
+    let options = CpuOptions::default();
+    let threads = args.threads.unwrap_or(options.threads);
+    let pool = Arc::new(KvPool::new(*kv, u32::try_from(*blocks)?).context("allocating the KV")?);
+    fill(&pool)?;
     let rows = args.batch * args.rows;
-    let q: Vec<f32> = (0..rows * shape.q_width()).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
+    let q = work.queries(rows, shape.q_width());
     let mut o = vec![0.0; q.len()];
     let mut lse = vec![0.0; rows * shape.heads];
     let mut device = CpuHolder::new(CpuOptions { threads, ..options })?;
     let mut sweep = ReadSweep::new(threads)?;
+    let attend = |_: &mut (), layer| {
+        let start = Instant::now();
+        device.micro_attention(shape, None, layer, &pool, &q, seqs, runs, &mut o, &mut lse);
+        Ok(start.elapsed())
+    };
+    let mut figures = measured(args, work, &mut (), attend, |_| Ok(sweep.sweep()))?;
+    figures.values.insert(0, ("threads".into(), threads as f64, ""));
+    Ok(figures)
+}
+
+fn on_gpu(args: &Args, work: &Work, ordinal: usize) -> anyhow::Result<Figures> {
+    let Work { shape, kv, blocks, layout: (seqs, runs) } = work;
+    let rows = args.batch * args.rows;
+    let options = CudaOptions {
+        ordinal,
+        element: Element::of_kv(args.kv_dtype)?,
+        max_rows: rows,
+        max_seqs: args.batch,
+        graphs: false,
+    };
+    let mut device = CudaDevice::new(options)?;
+    let pool = device.pool(*kv, *blocks)?;
+    fill(&pool)?;
+    let mut qkv = device.buffer(rows, shape.qkv_width())?;
+    let mut o = device.buffer(rows, shape.q_width())?;
+    let mut lse = device.buffer_f32(rows, shape.heads)?;
+    device.upload(&mut qkv, &work.queries(rows, shape.qkv_width()))?;
+    let tokens = vec![0; rows];
+    let slots = vec![RowSlot { position: 0, block: 0, offset: 0 }; rows];
+    let step = StepInput { tokens: &tokens, slots: &slots, seqs, runs, logit_rows: &[] };
+    let rope = Rope { inv_freq: vec![1.0; shape.head_dim / 2], magnitude: 1.0, interleaved: false };
+    device.begin_step(&rope, &step, &pool, false)?;
+    let context = device.stream().context().clone();
+    let marks = [Event::new(&context, true)?, Event::new(&context, true)?];
+    let attend = |device: &mut CudaDevice, layer| {
+        marks[0].record(device.stream())?;
+        device.attention(shape, None, layer, &pool, &qkv, &mut o, &mut lse);
+        marks[1].record(device.stream())?;
+        device.end_step()?;
+        marks[1].synchronize()?;
+        Ok(Duration::from_secs_f64(f64::from(marks[1].since(&marks[0])?) / 1e3))
+    };
+    measured(args, work, &mut device, attend, |device| Ok(device.read_bandwidth()?))
+}
+
+/// Times `attend` of one layer after the other, beside the bytes a second that
+/// `sweep` reads.
+fn measured<D>(
+    args: &Args,
+    work: &Work,
+    device: &mut D,
+    mut attend: impl FnMut(&mut D, usize) -> anyhow::Result<Duration>,
+    mut sweep: impl FnMut(&mut D) -> anyhow::Result<f64>,
+) -> anyhow::Result<Figures> {
+    let kv = &work.kv;
     let mut times = Histogram::<u64>::new(3)?;
     let mut floors = Vec::new();
     let mut layers = (0..kv.layers as usize).cycle();
-    let mut attend = |layer| {
-        device.micro_attention(&shape, None, layer, &pool, &q, &seqs, &runs, &mut o, &mut lse);
-    };
-    attend(0);
+    // Not counted: what is prepared at first use.
+    for layer in layers.by_ref().take(2) {
+        attend(device, layer)?;
+    }
     for _ in 0..ROUNDS {
-        floors.push(sweep.sweep());
+        floors.push(sweep(device)?);
         let end = Instant::now() + Duration::from_secs_f64(args.seconds / f64::from(ROUNDS));
         while Instant::now() < end {
             let layer = layers.next().unwrap_or(0);
-            let start = Instant::now();
-            attend(layer);
-            times.record(start.elapsed().as_nanos().try_into()?)?;
+            times.record(attend(device, layer)?.as_nanos().try_into()?)?;
         }
     }
     floors.sort_by(f64::total_cmp);
@@ -151,7 +234,6 @@ pub fn measure(args: &Args) -> anyhow::Result<Figures> {
     Ok(Figures {
         histograms: vec![("attention".into(), times)],
         values: vec![
-            ("threads".into(), threads as f64, ""),
             ("kv bytes".into(), bytes / 1e6, "MB"),
             ("rotation".into(), bytes * f64::from(kv.layers) / 1e9, "GB"),
             ("kv read".into(), bytes / seconds / 1e9, "GB/s"),
@@ -188,26 +270,6 @@ fn layout(args: &Args, blocks: usize) -> (Vec<AttnSeq>, Vec<KvRun>) {
     (seqs, runs)
 }
 
-/// Random values in −1 ..= 1 everywhere: zeros would be shared pages.
-fn fill(pool: &KvPool, dtype: KvDtype) -> anyhow::Result<()> {
-    let mut state = 1u64;
-    let mut chunk = Vec::with_capacity(1 << 20);
-    while chunk.len() < 1 << 20 {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let x = (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
-        match dtype {
-            KvDtype::Bf16 => chunk.extend(half::bf16::from_f32(x).to_le_bytes()),
-            KvDtype::F16 => chunk.extend(half::f16::from_f32(x).to_le_bytes()),
-            KvDtype::F32 => chunk.extend(x.to_le_bytes()),
-        }
-    }
-    let len = pool.memory().len();
-    for offset in (0..len).step_by(chunk.len()) {
-        pool.memory().write(offset, &chunk[..chunk.len().min(len - offset)])?;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -224,6 +286,7 @@ mod tests {
             kv_dtype: KvDtype::F32,
             block_tokens: 16,
             threads: Some(1),
+            device: DeviceName::Cpu,
             rotation: 1,
             seconds: 0.1,
             output: Output::default(),

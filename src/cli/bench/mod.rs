@@ -3,6 +3,7 @@
 pub mod attention;
 pub mod fabric;
 pub mod gossip;
+mod kv;
 pub mod model;
 pub mod report;
 

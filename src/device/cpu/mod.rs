@@ -45,7 +45,7 @@ use step::Step;
 use threads::ThreadPool;
 
 use super::tensor::RawTensor;
-use super::{AttentionShape, AttnSeq, Device, HolderKernel, Result, Rope, StepInput};
+use super::{AttentionShape, AttnSeq, Device, DeviceError, HolderKernel, Norm, Pass, Result, Rope, StepInput};
 use crate::kv::pool::KvPool;
 use crate::kv::rblock::KvRun;
 
@@ -146,8 +146,12 @@ impl Device for CpuDevice {
         Buffer::new(rows, cols)
     }
 
-    fn begin_step(&mut self, rope: &Rope, step: &StepInput<'_>) -> Result<()> {
-        self.step.begin(rope, step, self.options.max_rows)
+    fn begin_step(&mut self, rope: &Rope, step: &StepInput<'_>, pool: &KvPool, _: bool) -> Result<Pass> {
+        if pool.on_host().is_none() {
+            return Err(DeviceError::Unsupported("the CPU computes over KV in the host's memory only".into()));
+        }
+        self.step.begin(rope, step, self.options.max_rows)?;
+        Ok(Pass::Run { rows: step.tokens.len(), logits: step.logit_rows.len() })
     }
 
     fn embed(&mut self, table: &Matrix, out: &mut Buffer) {
@@ -158,8 +162,8 @@ impl Device for CpuDevice {
         }
     }
 
-    fn rms_norm(&mut self, x: &Buffer, rows: usize, weight: &Vector, eps: f32, out: &mut Buffer) {
-        rows::rms_norm(&mut self.threads, self.isa, x, rows, weight, eps, out);
+    fn rms_norm(&mut self, x: &Buffer, rows: usize, norm: Norm<'_, Vector>, out: &mut Buffer) {
+        rows::rms_norm(&mut self.threads, self.isa, x, rows, norm.weight, norm.eps, out);
     }
 
     fn linear(&mut self, x: &Buffer, rows: usize, weight: &Matrix, bias: Option<&Vector>, out: &mut Buffer) {
@@ -240,9 +244,10 @@ impl Device for CpuDevice {
         }
     }
 
-    fn download(&mut self, x: &Buffer, rows: usize, dst: &mut [f32]) {
+    fn download(&mut self, x: &Buffer, rows: usize, dst: &mut [f32]) -> Result<()> {
         let len = rows * x.cols();
         dst[..len].copy_from_slice(&x.as_slice()[..len]);
+        Ok(())
     }
 }
 

@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use super::simd::tests::isas;
 use super::*;
 use crate::device::tensor::DType;
+use crate::kv::rblock::{KvDtype, KvShape};
 
 pub(super) const DTYPES: [DType; 8] =
     [DType::F32, DType::F16, DType::Bf16, DType::Q8_0, DType::Q4_0, DType::Q4_1, DType::Q4K, DType::Q6K];
@@ -188,7 +189,10 @@ fn embedding_rows_are_the_tables() {
         let slots = [crate::device::RowSlot { position: 0, block: 0, offset: 0 }; 5];
         let seqs = [AttnSeq { row: 0, rows: 5, position: 0, run: 0, runs: 0 }];
         let rope = Rope { inv_freq: vec![1.0], magnitude: 1.0, interleaved: false };
-        device.begin_step(&rope, &StepInput { tokens: &tokens, slots: &slots, seqs: &seqs, runs: &[] }).unwrap();
+        let kv = KvShape { layers: 1, kv_heads: 1, head_dim: 2, block_tokens: 16, dtype: KvDtype::F32 };
+        let pool = KvPool::new(kv, 1).unwrap();
+        let step = StepInput { tokens: &tokens, slots: &slots, seqs: &seqs, runs: &[], logit_rows: &[] };
+        device.begin_step(&rope, &step, &pool, true).unwrap();
         let mut out = device.buffer(5, 256).unwrap();
         device.embed(&table, &mut out);
         for (i, token) in tokens.into_iter().enumerate() {

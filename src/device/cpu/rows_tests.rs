@@ -41,7 +41,7 @@ proptest! {
             let x = filled(&mut device, rows, cols, seed);
             let weight = Vector::new(noise(seed + 1, cols));
             let mut out = poisoned(&mut device, rows, cols);
-            device.rms_norm(&x, rows, &weight, 1e-5, &mut out);
+            device.rms_norm(&x, rows, Norm { weight: &weight, eps: 1e-5 }, &mut out);
             let mut gate_up = filled(&mut device, rows, 2 * cols, seed + 2);
             gate_up.as_mut_slice().iter_mut().for_each(|x| *x *= 90.0);
             let mut product = poisoned(&mut device, rows, cols);
@@ -75,12 +75,12 @@ proptest! {
             .map(|r| RowSlot { position: 100 + r, block: (r / 16 + 1) % 3, offset: r % 16 })
             .collect();
         let seqs = [AttnSeq { row: 0, rows: rows as u32, position: 100, run: 0, runs: 0 }];
-        let step = StepInput { tokens: &vec![0; rows], slots: &slots, seqs: &seqs, runs: &[] };
+        let step = StepInput { tokens: &vec![0; rows], slots: &slots, seqs: &seqs, runs: &[], logit_rows: &[] };
         let (q_norm, k_norm) = (noise(seed + 1, d), noise(seed + 2, d));
         for isa in isas() {
             let pool = KvPool::new(kv, 3).unwrap();
             let mut device = device(isa, 2);
-            device.begin_step(&rope, &step).unwrap();
+            device.begin_step(&rope, &step, &pool, true).unwrap();
             let mut qkv = filled(&mut device, rows, shape.qkv_width(), seed);
             let before = qkv.as_slice().to_vec();
             let (q, k) = (Vector::new(q_norm.clone()), Vector::new(k_norm.clone()));
@@ -184,11 +184,13 @@ proptest! {
 #[test]
 fn a_step_that_contradicts_itself_is_refused() {
     let mut device = device(Isa::Portable, 1);
+    let kv = KvShape { layers: 1, kv_heads: 1, head_dim: 2, block_tokens: 16, dtype: KvDtype::F32 };
+    let pool = KvPool::new(kv, 1).unwrap();
     let rope = Rope { inv_freq: vec![1.0], magnitude: 1.0, interleaved: false };
     let slots = [RowSlot { position: 0, block: 0, offset: 0 }; 2];
     let seq = AttnSeq { row: 0, rows: 2, position: 0, run: 0, runs: 0 };
     let mut begin = |tokens: &[u32], slots: &[RowSlot], seqs: &[AttnSeq]| {
-        device.begin_step(&rope, &StepInput { tokens, slots, seqs, runs: &[] }).is_ok()
+        device.begin_step(&rope, &StepInput { tokens, slots, seqs, runs: &[], logit_rows: &[] }, &pool, true).is_ok()
     };
     assert!(begin(&[1, 2], &slots, &[seq]));
     assert!(!begin(&[1], &slots, &[seq]));

@@ -10,6 +10,7 @@ use std::cell::RefCell;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
+use crate::device::{Choice, Chosen};
 use penalties::Penalties;
 
 /// Most alternatives a request may ask logprobs of.
@@ -159,9 +160,7 @@ impl Sampler {
     /// them.
     pub fn sample(&mut self, logits: &mut [f32]) -> Result<(u32, Option<TokenLogprobs>), SampleError> {
         let max = checked_max(logits)?;
-        if let Some(&(token, _)) = self.params.logit_bias.iter().find(|(t, _)| *t as usize >= logits.len()) {
-            return Err(SampleError::OutsideVocabulary { token, vocab: logits.len() });
-        }
+        self.check(logits.len())?;
         if self.params.logprobs.is_none() {
             return Ok((self.choose(logits, max)?, None));
         }
@@ -187,6 +186,49 @@ impl Sampler {
         Ok(self.describe(logits, max, next))
     }
 
+    /// Whether the parameters speak of tokens of a vocabulary of this size only.
+    pub fn check(&self, vocab: usize) -> Result<(), SampleError> {
+        match self.params.logit_bias.iter().find(|(t, _)| *t as usize >= vocab) {
+            Some(&(token, _)) => Err(SampleError::OutsideVocabulary { token, vocab }),
+            None => Ok(()),
+        }
+    }
+
+    /// The next token's choice, to be made from row `row` of logits by a device.
+    /// The sampler stays as it is until [`accept`](Self::accept) takes the token
+    /// in. The same as [`sample`](Self::sample) but for the rounding of sums.
+    pub fn choice(&mut self, row: u32, vocab: usize) -> Choice<'_> {
+        let greedy = self.params.is_greedy();
+        let unit = if greedy { 0.0 } else { unit(&mut self.rng.clone()) };
+        let params = &self.params;
+        Choice {
+            row,
+            temperature: if greedy { 0.0 } else { params.temperature },
+            top_p: params.top_p,
+            top_k: params.top_k,
+            min_p: params.min_p,
+            unit,
+            bias: &params.logit_bias,
+            seen: self.penalties.as_mut().map_or(&[], |penalties| penalties.pairs(vocab)),
+            repetition: params.repetition_penalty,
+            presence: params.presence_penalty,
+            frequency: params.frequency_penalty,
+            logprobs: params.logprobs,
+        }
+    }
+
+    /// Takes in what a device chose, and counts it for the penalties.
+    pub fn accept(&mut self, chosen: Chosen) -> Result<(u32, Option<TokenLogprobs>), SampleError> {
+        let token = chosen.token.ok_or(SampleError::NotFinite)?;
+        if !self.params.is_greedy() {
+            unit(&mut self.rng);
+        }
+        if let Some(penalties) = &mut self.penalties {
+            penalties.record(token);
+        }
+        Ok((token, chosen.logprobs.map(|l| TokenLogprobs { chosen: l.chosen, top: l.top })))
+    }
+
     fn choose(&mut self, logits: &mut [f32], mut max: f32) -> Result<u32, SampleError> {
         let params = &self.params;
         for &(token, bias) in &params.logit_bias {
@@ -206,8 +248,7 @@ impl Sampler {
             if params.min_p > 0.0 {
                 choose::drop_below(logits, params.min_p);
             }
-            // 53 bits: every value is exact in f64. One draw a token.
-            let unit = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+            let unit = unit(&mut self.rng);
             if params.top_k == 0 && params.top_p >= 1.0 {
                 choose::draw(logits, unit)
             } else {
@@ -231,6 +272,11 @@ impl Sampler {
         top.iter_mut().for_each(|(_, value)| *value = logprob(*value));
         TokenLogprobs { chosen: logprob(logits[token as usize]), top }
     }
+}
+
+/// A number from 0 up to 1. 53 bits: every value is exact in f64. One a token.
+fn unit(rng: &mut ChaCha8Rng) -> f64 {
+    (rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
 }
 
 /// The likeliest token of `logits` `[vocab]`; of equals the first.

@@ -22,6 +22,8 @@ pub(super) struct Penalties {
     counts: Vec<u32>,
     /// Distinct tokens with a count.
     seen: Vec<u32>,
+    /// As [`pairs`](Self::pairs) last gave them.
+    pairs: Vec<(u32, u32)>,
 }
 
 impl Penalties {
@@ -40,6 +42,7 @@ impl Penalties {
             generated: generated.to_vec(),
             counts: Vec::new(),
             seen: Vec::new(),
+            pairs: Vec::new(),
         })
     }
 
@@ -61,6 +64,15 @@ impl Penalties {
                 *logit -= self.frequency * generated as f32 + self.presence;
             }
         }
+    }
+
+    /// Tokens seen, with how often each was generated.
+    pub(super) fn pairs(&mut self, vocab: usize) -> &[(u32, u32)] {
+        self.size(vocab);
+        self.pairs.clear();
+        let count = |&token: &u32| self.counts.get(token as usize).map(|count| (token, count & !IN_PROMPT));
+        self.pairs.extend(self.seen.iter().filter_map(count));
+        &self.pairs
     }
 
     /// Counts one generated token.

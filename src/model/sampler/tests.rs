@@ -200,3 +200,18 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_choice_draws_nothing_until_it_is_accepted() {
+    let params = SamplingParams { seed: Some(7), presence_penalty: 0.5, ..SamplingParams::default() };
+    let logits: Vec<f32> = (0..50).map(|i| ((i * 31 % 17) as f32) / 4.0).collect();
+    let (mut here, mut there) = (Sampler::new(&params, &[1, 2], 0), Sampler::new(&params, &[1, 2], 0));
+    for _ in 0..20 {
+        let first = there.choice(0, logits.len()).unit;
+        assert_eq!(there.choice(0, logits.len()).unit, first, "asking twice draws once");
+        let (token, _) = here.sample(&mut logits.clone()).unwrap();
+        there.accept(Chosen { token: Some(token), logprobs: None }).unwrap();
+    }
+    // Both stand at the same place of the same stream.
+    assert_eq!(here.sample(&mut logits.clone()), there.sample(&mut logits.clone()));
+}

@@ -1,0 +1,495 @@
+//! MicroAttention on the GPU: a plan a step, then a launch or two a layer.
+//!
+//! A sequence with few rows is decoded: its KV is cut into equal shares for the
+//! multiprocessors, and the shares' partials are merged by the last to finish.
+//! Any other is prefilled, tile by tile of its queries. Which is which, the
+//! planners on the device and [`Taken`] on the host decide by the same rule.
+//! Heads of a width that those kernels do not know go through a plain one.
+
+#![allow(unsafe_code)]
+
+use std::sync::Arc;
+
+use super::api;
+use super::buffer::Buffer;
+use super::driver::{Context, Stream};
+use super::element::Element;
+use super::kernels::{Grid, Kernel, Kernels, Swizzle, Tensor, TensorMap};
+use super::memory::GpuMemory;
+use super::step::{Addresses, Taken};
+use crate::device::{AttentionShape, DeviceError, Result};
+use crate::kv::pool::KvPool;
+use crate::kv::rblock::KvShape;
+
+/// Widths of heads for which there are tensor-core kernels.
+const HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
+/// Widest group of query heads a KV head that one tile of the decode kernel takes.
+const MAX_GROUP: usize = super::DECODE_TILE;
+/// Rows of the pool that one copy brings, most, and slots of a block's ring, most:
+/// more of either is slower, measured on an H200.
+const COPIED: u32 = 64;
+const MOST_SLOTS: u32 = 5;
+/// Blocks' shares are at least this many units.
+const LEAST_UNITS: u32 = 1;
+
+/// What the planners wrote for the layers of one window.
+struct Plan {
+    window: u32,
+    /// Of this step.
+    fresh: bool,
+    items: GpuMemory,
+    spans: GpuMemory,
+    cuts: GpuMemory,
+    prefill: GpuMemory,
+}
+
+/// The kernels for one pool and one shape of heads.
+struct Fit {
+    shape: AttentionShape,
+    kv: KvShape,
+    pool: u64,
+    blocks: u32,
+    kernels: Fast,
+}
+
+enum Fast {
+    /// Tensor cores.
+    Tiled(Box<Tiled>),
+    /// One warp a row and head.
+    Plain(Kernel),
+}
+
+struct Tiled {
+    decode: Kernel,
+    join: Kernel,
+    unit: Unit,
+    slots: u32,
+    /// The pool as the copy engine of Hopper sees it; in the device's memory.
+    decode_map: Option<GpuMemory>,
+    prefill: Kernel,
+    /// Likewise, a layer each.
+    prefill_maps: Vec<TensorMap>,
+    prefill_grid: Grid,
+    tile_rows: u32,
+    tile_keys: u32,
+    parts: GpuMemory,
+}
+
+/// What the decode kernel takes at once: see `cuda/decode.cuh`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Unit {
+    /// Rows of a unit.
+    rows: u32,
+    /// Rows that one copy brings.
+    copied: u32,
+    /// KV heads that a copy spans.
+    together: u32,
+}
+
+impl Unit {
+    fn new(kv: &KvShape) -> Self {
+        let (rows, tokens) = (if kv.head_dim <= 128 { 128 } else { 64 }, kv.block_tokens);
+        if COPIED.is_multiple_of(tokens) {
+            let fits = |heads: &u32| kv.kv_heads.is_multiple_of(*heads) && *heads <= COPIED / tokens;
+            let together = [8, 4, 2, 1].into_iter().find(fits).unwrap_or(1);
+            return Self { rows, copied: together * tokens, together };
+        }
+        let fits = |copied: &u32| tokens.is_multiple_of(*copied);
+        Self { rows, copied: [COPIED, 32, 16].into_iter().find(fits).unwrap_or(16), together: 1 }
+    }
+
+    const fn threads(self) -> u32 {
+        2 * self.rows + 32
+    }
+
+    /// Bytes of shared memory with so many slots.
+    const fn shared(self, slots: u32, head_dim: u32) -> u32 {
+        let warps = self.rows / 16;
+        slots * self.rows * head_dim * 2 + warps * 8 * (head_dim + 4) * 4 + warps * 64 + 256 + 16 * warps * 8
+    }
+
+    /// Slots that fit, at most.
+    fn slots(self, head_dim: u32, room: u32) -> Option<u32> {
+        (2..=MOST_SLOTS.min(api::DECODE_SLOTS)).rev().find(|&slots| self.shared(slots, head_dim) <= room)
+    }
+}
+
+/// Attention's kernels and what they need between launches.
+pub struct Attention {
+    context: Arc<Context>,
+    element: Element,
+    max_rows: usize,
+    max_seqs: usize,
+    decode_plan: Kernel,
+    prefill_plan: Kernel,
+    plans: Vec<Plan>,
+    fit: Option<Fit>,
+}
+
+impl Attention {
+    /// For steps of up to so many rows and sequences.
+    pub fn new(
+        context: &Arc<Context>,
+        kernels: &Kernels,
+        element: Element,
+        max_rows: usize,
+        max_seqs: usize,
+    ) -> Result<Self> {
+        Ok(Self {
+            context: context.clone(),
+            element,
+            max_rows,
+            max_seqs,
+            decode_plan: kernels.plain("decode_plan", 0)?,
+            prefill_plan: kernels.plain("prefill_plan", 0)?,
+            plans: Vec::new(),
+            fit: None,
+        })
+    }
+
+    /// Whether it is ready for this pool.
+    pub fn is_fit(&self, pool: &KvPool) -> bool {
+        self.fit.as_ref().is_some_and(|f| Some(f.pool) == pool.device_address() && f.blocks == pool.blocks())
+    }
+
+    /// A new step: what was planned is of the last one.
+    pub fn begin(&mut self) {
+        self.plans.iter_mut().for_each(|plan| plan.fresh = false);
+    }
+
+    /// Makes ready for a pool and a shape; true where they are others than before,
+    /// so that recorded launches are of no use.
+    pub fn fit(&mut self, kernels: &Kernels, stream: &Stream, shape: &AttentionShape, pool: &KvPool) -> Result<bool> {
+        let Some(address) = pool.device_address() else {
+            return Err(DeviceError::Unsupported("CUDA: KV in the host's memory; its pool lies on the GPU".into()));
+        };
+        let fits =
+            |f: &Fit| f.shape == *shape && f.kv == *pool.shape() && f.pool == address && f.blocks == pool.blocks();
+        if self.fit.as_ref().is_some_and(fits) {
+            return Ok(false);
+        }
+        stream.synchronize()?;
+        self.plans.clear();
+        let kv = *pool.shape();
+        if Element::of_kv(kv.dtype)? != self.element {
+            return Err(DeviceError::Unsupported(format!("CUDA: {:?} KV on a device of {:?}", kv.dtype, self.element)));
+        }
+        let group = shape.heads / shape.kv_heads;
+        let tiled = HEAD_DIMS.contains(&shape.head_dim) && group <= MAX_GROUP && kv.block_tokens.is_multiple_of(16);
+        let fast = match tiled {
+            true => Fast::Tiled(Box::new(self.tile(kernels, stream, shape, pool, address)?)),
+            false => Fast::Plain(kernels.typed("attention_plain", 0)?),
+        };
+        self.fit = Some(Fit { shape: *shape, kv, pool: address, blocks: pool.blocks(), kernels: fast });
+        Ok(true)
+    }
+
+    fn tile(
+        &self,
+        kernels: &Kernels,
+        stream: &Stream,
+        shape: &AttentionShape,
+        pool: &KvPool,
+        address: u64,
+    ) -> Result<Tiled> {
+        let d = shape.head_dim;
+        let properties = self.context.properties();
+        let blocks = properties.multiprocessors;
+        let hopper = properties.capability == (9, 0);
+        let shared = properties.shared_memory;
+        let unit = Unit::new(pool.shape());
+        let Some(slots) = unit.slots(d as u32, shared) else {
+            return Err(DeviceError::Unsupported(format!("CUDA: heads of {d} in {shared} bytes of shared memory")));
+        };
+        let decode = kernels.typed(&format!("attention_decode_d{d}"), unit.shared(slots, d as u32))?;
+        let rows = 2 * u64::from(pool.blocks()) * shape.kv_heads as u64 * u64::from(pool.shape().block_tokens);
+        let row_bytes = (d * self.element.size()) as u64;
+        let decode_map = match hopper {
+            true => Some(self.decode_map(stream, shape, pool, address, rows, unit)?),
+            false => None,
+        };
+        let mut prefill_maps = Vec::new();
+        let (prefill, grid, tile_rows, tile_keys) = if hopper {
+            let keys = if d == 256 { 64 } else { 128 };
+            let (columns, queries) = (d.div_ceil(64) as u32, if d == 256 { 1 } else { 2 });
+            let kernel = kernels
+                .typed(&format!("attention_prefill_sm90_d{d}"), columns * 128 * (queries * 128 + 4 * keys) + 1024)?;
+            let tokens = pool.shape().block_tokens;
+            let piece = (tokens & tokens.wrapping_neg()).min(keys);
+            for layer in 0..pool.shape().layers as usize {
+                let wide = if d.is_multiple_of(64) { (64, d as u64 / 64) } else { (d as u64, 1) };
+                let tensor = Tensor {
+                    address: address + pool.offset(layer, 0) as u64,
+                    dims: &[wide.0, 8, wide.1, rows / 8],
+                    strides: &[row_bytes, 128, 8 * row_bytes],
+                    piece: &[64, 8, wide.1 as u32, piece / 8],
+                    swizzle: Swizzle::Bytes128,
+                    promotion: 256,
+                };
+                prefill_maps.push(TensorMap::new(self.element, &tensor)?);
+            }
+            (kernel, Grid::new(blocks as usize, 384), 128, keys)
+        } else {
+            let keys = if d == 256 { 32 } else { 64 };
+            let kernel = kernels.typed(&format!("attention_prefill_d{d}"), (64 + 4 * keys) * (d as u32 + 8) * 2)?;
+            let grid = Grid::new((blocks * kernel.occupancy(128)?) as usize, 128);
+            (kernel, grid, 64, keys)
+        };
+        let parts = 4 * 2 * blocks as usize * unit.together as usize * 16 * (d + 2);
+        let parts = GpuMemory::new(&self.context, parts, "attention")?;
+        Ok(Tiled {
+            decode,
+            join: kernels.typed("decode_join", 0)?,
+            unit,
+            slots,
+            decode_map,
+            prefill,
+            prefill_maps,
+            prefill_grid: grid,
+            tile_rows,
+            tile_keys,
+            parts,
+        })
+    }
+
+    fn decode_map(
+        &self,
+        stream: &Stream,
+        shape: &AttentionShape,
+        pool: &KvPool,
+        address: u64,
+        rows: u64,
+        unit: Unit,
+    ) -> Result<GpuMemory> {
+        let d = shape.head_dim as u64;
+        let (width, swizzle) = match d {
+            d if d.is_multiple_of(64) => (64, Swizzle::Bytes128),
+            d if d.is_multiple_of(32) => (32, Swizzle::Bytes64),
+            d => (d, Swizzle::None),
+        };
+        let tensor = Tensor {
+            address,
+            dims: &[width, 8, d / width, rows * u64::from(pool.shape().layers) / 8],
+            strides: &[2 * d, 2 * width, 16 * d],
+            piece: &[width as u32, 8, (d / width) as u32, unit.copied / 8],
+            swizzle,
+            promotion: 128,
+        };
+        let map = TensorMap::new(self.element, &tensor)?;
+        let mut staging = super::memory::Pinned::new(&self.context, map.bytes().len())?;
+        staging.bytes_mut()[..map.bytes().len()].copy_from_slice(map.bytes());
+        let memory = GpuMemory::new(&self.context, map.bytes().len(), "attention")?;
+        memory.upload(stream, 0, &staging, 0..map.bytes().len())?;
+        stream.synchronize()?;
+        Ok(memory)
+    }
+
+    /// The attention of one layer: see
+    /// [`Device::attention`](crate::device::Device::attention).
+    pub fn run(
+        &mut self,
+        stream: &Stream,
+        at: &Addresses,
+        taken: &Taken,
+        window: Option<u32>,
+        layer: usize,
+        qkv: &Buffer,
+        o: &Buffer,
+        lse: &Buffer,
+    ) -> Result<()> {
+        let Some(fit) = &self.fit else {
+            return Err(DeviceError::System("attention before its pool was made known".into()));
+        };
+        let shape = fit.shape;
+        assert!(qkv.cols() >= shape.q_width() && o.cols() == shape.q_width() && lse.cols() == shape.heads, "buffers");
+        let window = window.unwrap_or(0);
+        let kv = fit.pool + (layer * fit.kv.layer_bytes() * fit.blocks as usize) as u64;
+        match &fit.kernels {
+            Fast::Tiled(_) => {}
+            Fast::Plain(kernel) => {
+                let arguments = api::AttentionPlain {
+                    qkv: qkv.address(),
+                    kv,
+                    o: o.address(),
+                    lse: lse.address(),
+                    step: at.step,
+                    seqs: at.seqs,
+                    pages: at.pages,
+                    q_stride: qkv.cols() as u32,
+                    heads: shape.heads as u32,
+                    kv_heads: shape.kv_heads as u32,
+                    head_dim: shape.head_dim as u32,
+                    block_tokens: fit.kv.block_tokens,
+                    window,
+                    scale: shape.scale,
+                    reserved: 0,
+                };
+                let rows = taken.rows.max(1) as u32;
+                let grid = Grid { blocks: (rows, shape.heads.div_ceil(4) as u32, 1), threads: 128, cluster: 1 };
+                // SAFETY: the buffers hold the step's rows, checked when it was
+                // taken in, and so were its blocks.
+                return unsafe { kernel.launch(stream, grid, &arguments) };
+            }
+        }
+        let (blocks, kv_shape) = (fit.blocks, fit.kv);
+        let (decodes, prefills) = kinds(taken, &shape);
+        let (index, planned) = self.plan(stream, at, taken, window)?;
+        let Some(Fit { kernels: Fast::Tiled(tiled), .. }) = &self.fit else { unreachable!("seen above") };
+        let plan = &self.plans[index];
+        if decodes {
+            let arguments = api::Decode {
+                qkv: qkv.address(),
+                kv,
+                kv_map: tiled.decode_map.as_ref().map_or(0, GpuMemory::address),
+                o: o.address(),
+                lse: lse.address(),
+                pages: at.pages,
+                items: plan.items.address(),
+                parts: tiled.parts.address(),
+                map_row: (layer as u64
+                    * 2
+                    * u64::from(blocks)
+                    * shape.kv_heads as u64
+                    * u64::from(kv_shape.block_tokens)) as u32,
+                heads: shape.heads as u32,
+                kv_heads: shape.kv_heads as u32,
+                block_tokens: kv_shape.block_tokens,
+                window,
+                box_rows: tiled.unit.copied,
+                together: tiled.unit.together,
+                slots: tiled.slots,
+                scale: shape.scale,
+                reserved: 0,
+            };
+            let join = api::DecodeJoin {
+                cuts: plan.cuts.address(),
+                parts: tiled.parts.address(),
+                o: o.address(),
+                lse: lse.address(),
+                heads: shape.heads as u32,
+                kv_heads: shape.kv_heads as u32,
+                head_dim: shape.head_dim as u32,
+                together: tiled.unit.together,
+            };
+            // SAFETY: as above; the plan is of this step, and its memory and that
+            // of the parts are of the sizes that api.h asks for.
+            unsafe {
+                let grid = Grid::new(self.blocks(), tiled.unit.threads());
+                match planned {
+                    // It reads the plan before it waits.
+                    true => tiled.decode.launch(stream, grid, &arguments)?,
+                    false => tiled.decode.overlap(stream, grid, &arguments)?,
+                }
+                tiled.join.overlap(stream, Grid::new(2 * self.blocks(), 256), &join)?;
+            }
+        }
+        if prefills {
+            let arguments = api::Prefill {
+                q: qkv.address(),
+                kv,
+                o: o.address(),
+                lse: lse.address(),
+                seqs: at.seqs,
+                pages: at.pages,
+                plan: plan.prefill.address(),
+                q_stride: qkv.cols() as u32,
+                heads: shape.heads as u32,
+                kv_heads: shape.kv_heads as u32,
+                block_tokens: kv_shape.block_tokens,
+                window,
+                scale: shape.scale,
+            };
+            // SAFETY: as above.
+            unsafe {
+                match tiled.prefill_maps.get(layer) {
+                    Some(map) => {
+                        tiled.prefill.launch_with_map(stream, tiled.prefill_grid, &arguments, map, false)?;
+                    }
+                    None => tiled.prefill.launch(stream, tiled.prefill_grid, &arguments)?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn blocks(&self) -> usize {
+        self.context.properties().multiprocessors as usize
+    }
+
+    /// The index of the step's plan for `window`, and whether it had to be made.
+    fn plan(&mut self, stream: &Stream, at: &Addresses, taken: &Taken, window: u32) -> Result<(usize, bool)> {
+        let Some(Fit { shape, kv, kernels: Fast::Tiled(tiled), .. }) = &self.fit else {
+            return Err(DeviceError::System("a plan for a plain kernel".into()));
+        };
+        let group = (shape.heads / shape.kv_heads) as u32;
+        let capacity = self.max_rows * group as usize / tiled.tile_rows as usize + self.max_seqs;
+        let index = match self.plans.iter().position(|plan| plan.window == window) {
+            Some(index) => index,
+            None => {
+                let items = 48 * (self.blocks() + self.max_seqs * shape.kv_heads / tiled.unit.together as usize);
+                self.plans.push(Plan {
+                    window,
+                    fresh: false,
+                    items: GpuMemory::new(&self.context, items, "attention")?,
+                    cuts: GpuMemory::new(&self.context, 20 * (self.blocks() + 1), "attention")?,
+                    spans: GpuMemory::new(&self.context, 16 * (self.max_seqs + 1), "attention")?,
+                    prefill: GpuMemory::new(&self.context, 4 * (8 + 8 * capacity), "attention")?,
+                });
+                self.plans.len() - 1
+            }
+        };
+        let plan = &mut self.plans[index];
+        if std::mem::replace(&mut plan.fresh, true) {
+            return Ok((index, false));
+        }
+        let (decodes, prefills) = kinds(taken, shape);
+        if decodes {
+            let arguments = api::DecodePlan {
+                step: at.step,
+                seqs: at.seqs,
+                pages: at.pages,
+                items: plan.items.address(),
+                spans: plan.spans.address(),
+                cuts: plan.cuts.address(),
+                heads: shape.heads as u32,
+                kv_heads: shape.kv_heads as u32,
+                head_dim: shape.head_dim as u32,
+                block_tokens: kv.block_tokens,
+                window,
+                box_rows: tiled.unit.copied,
+                together: tiled.unit.together,
+                grid: self.context.properties().multiprocessors,
+                least: LEAST_UNITS,
+                reserved: 0,
+            };
+            // SAFETY: the plan's memory is of the sizes that api.h asks for.
+            unsafe { self.decode_plan.launch(stream, Grid::new(1, 1024), &arguments)? };
+        }
+        if prefills {
+            let arguments = api::PrefillPlan {
+                step: at.step,
+                seqs: at.seqs,
+                pages: at.pages,
+                plan: plan.prefill.address(),
+                capacity: capacity as u32,
+                group,
+                kv_heads: shape.kv_heads as u32,
+                head_dim: shape.head_dim as u32,
+                block_tokens: kv.block_tokens,
+                window,
+                tile_rows: tiled.tile_rows,
+                tile_keys: tiled.tile_keys,
+            };
+            // SAFETY: as above.
+            unsafe { self.prefill_plan.launch(stream, Grid::new(1, 1024), &arguments)? };
+        }
+        Ok((index, true))
+    }
+}
+
+/// Whether a step has sequences to decode, and to prefill: the rule of
+/// `is_decode` in `cuda/paged_kv.cuh`.
+fn kinds(taken: &Taken, shape: &AttentionShape) -> (bool, bool) {
+    let decode = |rows: usize| rows * (shape.heads / shape.kv_heads) <= super::DECODE_TILE;
+    (taken.seqs > 0 && decode(taken.fewest), taken.seqs > 0 && !decode(taken.most))
+}

@@ -1,0 +1,56 @@
+//! The working precision of a CUDA device: activations, weights and KV.
+
+use crate::device::{DeviceError, Result};
+use crate::kv::rblock::KvDtype;
+
+/// Element type of activations, weights and KV. The residual stream, sums and
+/// logits are f32 whatever it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Element {
+    /// bfloat16.
+    Bf16,
+    /// IEEE half precision.
+    F16,
+}
+
+impl Element {
+    /// Bytes.
+    pub const fn size(self) -> usize {
+        2
+    }
+
+    /// How kernels for it are named: `<kernel>_bf16`.
+    pub const fn suffix(self) -> &'static str {
+        match self {
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        }
+    }
+
+    /// That in which KV of `dtype` is attended to.
+    pub fn of_kv(dtype: KvDtype) -> Result<Self> {
+        match dtype {
+            KvDtype::Bf16 => Ok(Self::Bf16),
+            KvDtype::F16 => Ok(Self::F16),
+            KvDtype::F32 => Err(DeviceError::Unsupported(
+                "CUDA: KV in f32; its kernels compute in the KV's type, bf16 or f16 (--kv-dtype)".into(),
+            )),
+        }
+    }
+
+    /// The two bytes of a value, rounded to nearest even.
+    pub fn narrow(self, value: f32) -> u16 {
+        match self {
+            Self::Bf16 => half::bf16::from_f32(value).to_bits(),
+            Self::F16 => half::f16::from_f32(value).to_bits(),
+        }
+    }
+
+    /// One value, from its two bytes.
+    pub fn widen(self, bits: u16) -> f32 {
+        match self {
+            Self::Bf16 => half::bf16::from_bits(bits).to_f32(),
+            Self::F16 => half::f16::from_bits(bits).to_f32(),
+        }
+    }
+}

@@ -1,0 +1,507 @@
+//! The CUDA device: one GPU.
+//!
+//! A step's metadata is copied to fixed places in the GPU's memory; its kernels
+//! read there how many rows and sequences it has and where their KV lies. So the
+//! kernels of a decode step can be recorded once for each of a few numbers of
+//! rows and replayed as one graph: the host then gives the GPU one copy and one
+//! launch a step.
+//!
+//! Activations, weights and KV are of one [`Element`]; the residual stream,
+//! sums, lse and logits are f32.
+
+pub mod api;
+mod attend;
+mod bandwidth;
+mod blas;
+mod buffer;
+mod chain;
+mod choose;
+pub mod driver;
+mod element;
+pub mod images;
+mod kernels;
+mod linear;
+mod load;
+mod memory;
+mod rows;
+mod step;
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+pub use blas::present as matrix_library;
+pub use buffer::{Buffer, Matrix, Vector};
+pub use element::Element;
+pub use memory::KvMemory;
+
+use attend::Attention;
+use buffer::Counted;
+use choose::Chooser;
+use driver::{Context, Graph, Stream};
+use kernels::Kernels;
+use linear::Linears;
+use load::Loader;
+use memory::GpuMemory;
+use rows::Rows;
+use step::{Addresses, Capacity, StepMemory, Taken};
+
+use super::tensor::{DType, RawTensor};
+use super::{AttentionShape, Choice, Chosen, Device, DeviceError, Norm, Pass, Result, Rope, StepInput};
+use crate::kv::pool::KvPool;
+use crate::kv::rblock::KvShape;
+
+/// Query heads and rows that one tile of the decode kernel takes: a sequence of
+/// at most so many is decoded, any other prefilled (`cuda/paged_kv.cuh`).
+const DECODE_TILE: usize = 16;
+/// Decode steps of up to so many rows are recorded.
+const MAX_RECORDED: usize = 512;
+/// Pages of a step there is room for at first.
+const FIRST_PAGES: usize = 1 << 16;
+/// Share of the memory that is left, beside the KV pool, for what the driver and
+/// the matrix library allocate as they go, and its least.
+const RESERVE_SHARE: usize = 200;
+const RESERVE_LEAST: usize = 256 << 20;
+
+/// How to make a CUDA device.
+#[derive(Clone, Copy, Debug)]
+pub struct CudaOptions {
+    /// Which GPU, from 0 on.
+    pub ordinal: usize,
+    /// Type of activations, weights and KV.
+    pub element: Element,
+    /// Most rows of a step.
+    pub max_rows: usize,
+    /// Most sequences, and rows of logits, of a step.
+    pub max_seqs: usize,
+    /// Record decode steps and replay them. Off for comparisons.
+    pub graphs: bool,
+}
+
+/// What is known of decode steps of one number of rows.
+enum Recorded {
+    /// One was run: what is chosen at first use is chosen.
+    Warm,
+    Graph(Graph),
+}
+
+/// A GPU as a [`Device`].
+pub struct CudaDevice {
+    // Waits for the GPU before anything is freed: fields go in order.
+    _drain: Drain,
+    recorded: BTreeMap<usize, Recorded>,
+    /// The number of rows that is being recorded.
+    recording: Option<usize>,
+    options: CudaOptions,
+    kernels: Kernels,
+    rows: Rows,
+    linears: Linears,
+    attention: Attention,
+    chooser: Option<Chooser>,
+    loader: Option<Loader>,
+    step: StepMemory,
+    at: Addresses,
+    taken: Taken,
+    /// What a kernel of the step was refused for.
+    failed: Option<DeviceError>,
+    stream: Arc<Stream>,
+    context: Arc<Context>,
+}
+
+struct Drain(Arc<Context>);
+
+impl Drop for Drain {
+    fn drop(&mut self) {
+        // An error was reported by the step that it belongs to.
+        let _ = self.0.synchronize();
+    }
+}
+
+impl CudaDevice {
+    /// Opens the GPU and loads the kernels.
+    pub fn new(options: CudaOptions) -> Result<Self> {
+        let context = Context::open(options.ordinal)?;
+        let stream = Arc::new(Stream::new(&context, false)?);
+        let kernels = Kernels::load(&context, options.element)?;
+        let padded = Linears::padded(options.max_rows);
+        let most = Capacity {
+            rows: padded,
+            seqs: options.max_seqs.max(1),
+            logits: options.max_seqs.max(1),
+            pages: FIRST_PAGES,
+        };
+        let step = StepMemory::new(&context, most, MAX_RECORDED)?;
+        let at = step.addresses(0, 0);
+        Ok(Self {
+            _drain: Drain(context.clone()),
+            recorded: BTreeMap::new(),
+            recording: None,
+            rows: Rows::new(&context, &kernels, options.element, padded)?,
+            linears: Linears::new(&context, &kernels, &stream, options.element, options.max_rows)?,
+            attention: Attention::new(&context, &kernels, options.element, padded, most.seqs)?,
+            chooser: None,
+            loader: None,
+            kernels,
+            options,
+            step,
+            at,
+            taken: Taken::default(),
+            failed: None,
+            stream,
+            context,
+        })
+    }
+
+    /// What the GPU is.
+    pub fn properties(&self) -> &driver::Properties {
+        self.context.properties()
+    }
+
+    /// The stream of its steps.
+    pub fn stream(&self) -> &Arc<Stream> {
+        &self.stream
+    }
+
+    /// Bytes that a KV pool may take: what is free, but for a reserve of half a
+    /// percent.
+    pub fn room(&self) -> Result<usize> {
+        let free = self.context.free_memory()?;
+        Ok(free.saturating_sub((self.properties().memory / RESERVE_SHARE).max(RESERVE_LEAST)))
+    }
+
+    /// A pool of `blocks` rBlocks in its memory.
+    pub fn pool(&self, shape: KvShape, blocks: usize) -> Result<KvPool> {
+        Element::of_kv(shape.dtype)?;
+        let memory = KvMemory::new(&self.stream, shape.block_bytes() * blocks)?;
+        Ok(KvPool::on_device(shape, Arc::new(memory)))
+    }
+
+    /// Bytes a second that the GPU reads from its memory, now.
+    pub fn read_bandwidth(&mut self) -> Result<f64> {
+        self.context.bind()?;
+        bandwidth::read(&self.stream, &self.kernels)
+    }
+
+    /// Copies rows from the host to the beginning of `x`: for tests and benches.
+    pub fn upload(&mut self, x: &mut Buffer, values: &[f32]) -> Result<()> {
+        self.context.bind()?;
+        self.linears.flush(&self.stream)?;
+        (x.counted, x.unscaled) = (Counted::Rows, None);
+        self.rows.upload(&self.stream, x, values)
+    }
+
+    /// Weights are loaded: what that needed is given back.
+    pub fn loaded(&mut self) -> Result<()> {
+        self.stream.synchronize()?;
+        self.loader = None;
+        Ok(())
+    }
+
+    /// Address of the number of rows of a buffer in use.
+    fn counts(&self, counted: Counted) -> u64 {
+        self.at.step
+            + match counted {
+                Counted::Rows => 0,
+                Counted::Logits => std::mem::offset_of!(api::Step, logits) as u64,
+            }
+    }
+
+    /// Does `launch`, behind the linear layers that are queued, unless a kernel of
+    /// the step was refused already.
+    fn attempt<T: Default>(&mut self, launch: impl FnOnce(&mut Self) -> Result<T>) -> T {
+        self.queue(|d| {
+            d.linears.flush(&d.stream)?;
+            launch(d)
+        })
+    }
+
+    /// As [`attempt`](Self::attempt), for linear layers, which queue themselves.
+    fn queue<T: Default>(&mut self, launch: impl FnOnce(&mut Self) -> Result<T>) -> T {
+        if self.failed.is_some() {
+            return T::default();
+        }
+        launch(self).unwrap_or_else(|error| {
+            self.failed = Some(error);
+            T::default()
+        })
+    }
+
+    /// Rows that a recorded decode step of `rows` rows has.
+    fn recorded_rows(rows: usize) -> usize {
+        match rows {
+            0..=8 => rows.next_power_of_two(),
+            9..=64 => rows.next_multiple_of(8),
+            65..=256 => rows.next_multiple_of(32),
+            _ => rows.next_multiple_of(64),
+        }
+    }
+
+    /// The address of a layer of the pool.
+    fn layer(pool: &KvPool, layer: usize) -> Result<u64> {
+        let base = pool.device_address().ok_or_else(|| {
+            DeviceError::Unsupported("CUDA: KV in the host's memory; its pool lies on the GPU".into())
+        })?;
+        Ok(base + pool.offset(layer, 0) as u64)
+    }
+
+    fn load_parts(&mut self, parts: &[RawTensor<'_>], to: &str, size: usize, what: &str) -> Result<(GpuMemory, usize)> {
+        self.context.bind()?;
+        if self.loader.is_none() {
+            self.loader = Some(Loader::new(&self.context)?);
+        }
+        let Self { loader: Some(loader), kernels, stream, context, .. } = self else { unreachable!("made above") };
+        let elements = parts.iter().map(|p| p.rows * p.cols).sum::<usize>();
+        let memory = GpuMemory::new(context, elements * size, what)?;
+        let mut at = 0;
+        for part in parts {
+            loader.load(stream, kernels, part, to, size, &memory, at)?;
+            at += part.rows * part.cols;
+        }
+        Ok((memory, elements))
+    }
+}
+
+impl Device for CudaDevice {
+    type Matrix = Matrix;
+    type Vector = Vector;
+    type Buffer = Buffer;
+
+    fn describe(&self) -> String {
+        let p = self.properties();
+        format!(
+            "cuda:{} ({}, {} multiprocessors, {:.0} GiB, {})",
+            self.options.ordinal,
+            p.name,
+            p.multiprocessors,
+            p.memory as f64 / (1u64 << 30) as f64,
+            self.options.element.suffix()
+        )
+    }
+
+    fn load_matrix(&mut self, parts: &[RawTensor<'_>]) -> Result<Matrix> {
+        let cols = parts.first().map_or(0, |p| p.cols);
+        if parts.iter().any(|p| p.cols != cols) {
+            return Err(DeviceError::Unsupported("stacked weights of different widths".into()));
+        }
+        let element = self.options.element;
+        let (memory, elements) = self.load_parts(parts, element.suffix(), element.size(), "weights")?;
+        let outs = elements / cols.max(1);
+        Ok(Matrix::new(memory, outs, cols))
+    }
+
+    fn load_vector(&mut self, parts: &[RawTensor<'_>]) -> Result<Vector> {
+        let (memory, elements) = self.load_parts(parts, DType::F32.to_string().as_str(), 4, "weights")?;
+        Ok(Vector::new(memory, elements))
+    }
+
+    fn buffer(&mut self, rows: usize, cols: usize) -> Result<Buffer> {
+        let buffer = Buffer::new(&self.context, self.options.element, Linears::room(rows), cols, false)?;
+        buffer.memory().fill(&self.stream, 0xff)?;
+        Ok(buffer)
+    }
+
+    fn buffer_f32(&mut self, rows: usize, cols: usize) -> Result<Buffer> {
+        let buffer = Buffer::new(&self.context, self.options.element, Linears::room(rows), cols, true)?;
+        buffer.memory().fill(&self.stream, 0xff)?;
+        Ok(buffer)
+    }
+
+    fn begin_step(&mut self, rope: &Rope, step: &StepInput<'_>, pool: &KvPool, local: bool) -> Result<Pass> {
+        self.context.bind()?;
+        self.failed = None;
+        self.attention.begin();
+        let moved = self.step.reserve(step.runs.len(), &self.stream)?;
+        let turned = self.rows.fit(&self.stream, rope)?;
+        if moved | turned {
+            self.recorded.clear();
+        }
+        self.taken = self.step.upload(&self.stream, step, pool.blocks())?;
+        self.at = self.step.addresses(self.taken.rows, self.taken.seqs);
+        let rows = self.taken.rows;
+        let padded = Self::recorded_rows(rows);
+        let record = self.options.graphs
+            && local
+            && self.taken.plain_decode
+            && padded <= MAX_RECORDED.min(self.options.max_seqs)
+            && self.attention.is_fit(pool);
+        let mut pass = Pass::Run { rows, logits: self.taken.logits };
+        if record {
+            match self.recorded.get(&padded) {
+                Some(Recorded::Graph(graph)) => {
+                    self.stream.launch(graph)?;
+                    return Ok(Pass::Replayed);
+                }
+                Some(Recorded::Warm) => {
+                    self.stream.begin_capture()?;
+                    self.recording = Some(padded);
+                }
+                None => drop(self.recorded.insert(padded, Recorded::Warm)),
+            }
+            pass = Pass::Run { rows: padded, logits: padded };
+        }
+        let Pass::Run { rows, .. } = pass else { return Ok(pass) };
+        self.attempt(|d| d.rows.turn(&d.stream, &d.at, rows));
+        Ok(pass)
+    }
+
+    fn end_step(&mut self) -> Result<()> {
+        self.attempt(|_| Ok(()));
+        let Some(rows) = self.recording.take() else { return self.failed.take().map_or(Ok(()), Err) };
+        let graph = self.stream.end_capture();
+        if let Some(error) = self.failed.take() {
+            return Err(error);
+        }
+        let graph = graph?;
+        self.stream.launch(&graph)?;
+        self.recorded.insert(rows, Recorded::Graph(graph));
+        Ok(())
+    }
+
+    fn embed(&mut self, table: &Matrix, out: &mut Buffer) {
+        (out.counted, out.unscaled) = (Counted::Rows, None);
+        let rows = self.recording.unwrap_or(self.taken.rows);
+        self.attempt(|d| d.rows.embed(&d.stream, &d.at, rows, table, out));
+    }
+
+    fn rms_norm(&mut self, x: &Buffer, rows: usize, norm: Norm<'_, Vector>, out: &mut Buffer) {
+        (out.counted, out.unscaled) = (x.counted, None);
+        self.attempt(|d| d.rows.norm(&d.stream, d.counts(x.counted), rows, x, norm, out));
+    }
+
+    fn linear(&mut self, x: &Buffer, rows: usize, weight: &Matrix, bias: Option<&Vector>, out: &mut Buffer) {
+        (out.counted, out.unscaled) = (x.counted, None);
+        self.queue(|d| {
+            let counts = d.counts(x.counted);
+            d.linears.plain(&d.stream, counts, x, rows, weight, bias, out)
+        });
+    }
+
+    fn linear_add(&mut self, x: &Buffer, rows: usize, weight: &Matrix, bias: Option<&Vector>, out: &mut Buffer) {
+        self.queue(|d| {
+            let counts = d.counts(x.counted);
+            d.linears.add(&d.stream, counts, x, rows, weight, bias, out, None).map(drop)
+        });
+    }
+
+    fn linear_swiglu(
+        &mut self,
+        x: &Buffer,
+        rows: usize,
+        weight: &Matrix,
+        bias: Option<&Vector>,
+        gate_up: &mut Buffer,
+        out: &mut Buffer,
+    ) {
+        (out.counted, out.unscaled) = (x.counted, None);
+        self.queue(|d| {
+            let counts = d.counts(x.counted);
+            d.linears.swiglu(&d.stream, counts, x, rows, weight, bias, gate_up, out)
+        });
+    }
+
+    fn linear_add_norm(
+        &mut self,
+        x: &Buffer,
+        rows: usize,
+        weight: &Matrix,
+        bias: Option<&Vector>,
+        out: &mut Buffer,
+        norm: Norm<'_, Vector>,
+        normed: &mut Buffer,
+    ) {
+        let fused = self.queue(|d| {
+            let counts = d.counts(x.counted);
+            d.linears.add(&d.stream, counts, x, rows, weight, bias, out, Some((norm, normed)))
+        });
+        (normed.counted, normed.unscaled) = (x.counted, fused.then_some(norm.eps));
+        if !fused {
+            self.rms_norm(out, rows, norm, normed);
+        }
+    }
+
+    fn rope_append(
+        &mut self,
+        shape: &AttentionShape,
+        qk_norm: Option<(&Vector, &Vector, f32)>,
+        layer: usize,
+        pool: &KvPool,
+        qkv: &mut Buffer,
+    ) {
+        let rows = self.recording.unwrap_or(self.taken.rows);
+        self.attempt(|d| {
+            if d.attention.fit(&d.kernels, &d.stream, shape, pool)? {
+                d.recorded.clear();
+            }
+            let kv = Self::layer(pool, layer)?;
+            let tokens = pool.shape().block_tokens;
+            d.rows.rope_append(&d.stream, &d.at, rows, shape, qk_norm, kv, tokens, qkv)
+        });
+    }
+
+    fn attention(
+        &mut self,
+        shape: &AttentionShape,
+        window: Option<u32>,
+        layer: usize,
+        pool: &KvPool,
+        qkv: &Buffer,
+        o: &mut Buffer,
+        lse: &mut Buffer,
+    ) {
+        (o.counted, o.unscaled) = (Counted::Rows, None);
+        self.attempt(|d| {
+            if d.attention.fit(&d.kernels, &d.stream, shape, pool)? {
+                d.recorded.clear();
+            }
+            d.attention.run(&d.stream, &d.at, &d.taken, window, layer, qkv, o, lse)
+        });
+    }
+
+    fn export_queries(&mut self, shape: &AttentionShape, qkv: &Buffer, rows: &[Range<u32>], dst: &mut [f32]) {
+        self.attempt(|d| d.rows.export(&d.stream, shape, qkv, rows, dst));
+    }
+
+    fn merge(
+        &mut self,
+        shape: &AttentionShape,
+        rows: &[Range<u32>],
+        remote_o: &[f32],
+        remote_lse: &[f32],
+        o: &mut Buffer,
+        lse: &mut Buffer,
+    ) {
+        self.attempt(|d| d.rows.merge(&d.stream, shape, rows, remote_o, remote_lse, o, lse));
+    }
+
+    fn swiglu(&mut self, gate_up: &Buffer, rows: usize, out: &mut Buffer) {
+        (out.counted, out.unscaled) = (gate_up.counted, None);
+        self.attempt(|d| d.linears.activate(&d.stream, d.counts(gate_up.counted), gate_up, rows, None, out));
+    }
+
+    fn gather(&mut self, x: &Buffer, rows: &[u32], out: &mut Buffer) {
+        (out.counted, out.unscaled) = (Counted::Logits, None);
+        let rows = self.recording.unwrap_or(rows.len());
+        self.attempt(|d| d.rows.gather(&d.stream, &d.at, d.counts(Counted::Logits), rows, x, out));
+    }
+
+    fn download(&mut self, x: &Buffer, rows: usize, dst: &mut [f32]) -> Result<()> {
+        self.context.bind()?;
+        self.linears.flush(&self.stream)?;
+        self.rows.download(&self.stream, x, rows, dst)
+    }
+
+    const CHOOSES: bool = true;
+
+    fn choose(&mut self, logits: &mut Buffer, choices: &[Choice<'_>], chosen: &mut Vec<Chosen>) -> Result<bool> {
+        self.context.bind()?;
+        let rows = self.taken.logits;
+        if !self.chooser.as_ref().is_some_and(|c| c.fits(rows, logits.cols())) {
+            let most = self.options.max_seqs.max(rows);
+            self.chooser = Some(Chooser::new(&self.context, &self.kernels, most, logits.cols())?);
+        }
+        let counts = self.counts(Counted::Logits);
+        let Self { chooser: Some(chooser), stream, .. } = self else { unreachable!("made above") };
+        chooser.run(stream, counts, logits, rows, choices, chosen)?;
+        Ok(true)
+    }
+}
