@@ -216,6 +216,9 @@ impl Creditor {
 
     fn open(&mut self, hello: LaneHello) -> Result<(Lane, LaneMessage), String> {
         let pool = self.book.current().ok_or("this lender has not granted a loan yet")?;
+        if pool.on_host().is_none() {
+            return Err("this instance lends nothing: its KV lies in a GPU's memory".into());
+        }
         if *pool.shape() != hello.shape {
             return Err(format!("KV shapes differ: the debtor's {:?}, the creditor's {:?}", hello.shape, pool.shape()));
         }
@@ -502,5 +505,58 @@ impl Lane {
         ready.step = plan.step;
         ready.revision = revision;
         Ok(taken)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use distkv_fabric::loopback::LoopbackTransport;
+
+    use super::*;
+    use crate::control::rmanager::{PoolSource, RManager};
+    use crate::device::cpu::{CpuHolder, CpuOptions};
+    use crate::kv::pool::DeviceMemory;
+    use crate::kv::rblock::{InstanceId, KvDtype, KvShape};
+
+    struct Elsewhere(usize);
+
+    impl DeviceMemory for Elsewhere {
+        fn address(&self) -> u64 {
+            4096
+        }
+
+        fn len(&self) -> usize {
+            self.0
+        }
+
+        fn read(&self, _: usize, _: &mut [u8]) -> Result<(), String> {
+            Err("out of the host's reach".into())
+        }
+
+        fn write(&self, _: usize, _: &[u8]) -> Result<(), String> {
+            Err("out of the host's reach".into())
+        }
+    }
+
+    #[test]
+    fn memory_out_of_the_hosts_reach_is_no_lane() {
+        let shape = KvShape { layers: 1, kv_heads: 1, head_dim: 16, block_tokens: 16, dtype: KvDtype::Bf16 };
+        let pool = Arc::new(KvPool::on_device(shape, Arc::new(Elsewhere(4 * shape.block_bytes()))));
+        let manager = RManager::new(PoolSource::Pool { pool, prefix: None }, 1.0, Duration::from_secs(1));
+        let kernel = CpuHolder::new(CpuOptions { threads: 1, pin: false, ..CpuOptions::default() }).unwrap();
+        let transport = Box::new(LoopbackTransport::bind());
+        let mut creditor = Creditor::new(transport, manager.lent_pool().clone(), Box::new(kernel), Arc::default());
+        let hello = LaneHello {
+            debtor: InstanceId(7),
+            shape,
+            heads: 2,
+            scale: 0.25,
+            windows: Vec::new(),
+            max_rows: 4,
+            partial_key: RemoteKey(vec![1]),
+            landing_key: RemoteKey(vec![2]),
+        };
+        let refusal = creditor.open(hello).err().unwrap();
+        assert!(refusal.contains("GPU"), "{refusal}");
     }
 }

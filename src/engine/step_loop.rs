@@ -473,6 +473,7 @@ where
     }
 
     fn fail_step(&mut self, error: &DeviceError) {
+        tracing::error!(%error, requests = self.batch.items.len(), "a step failed");
         for item in &self.batch.items {
             self.scheduler.remove(item.seq);
             self.clients.fail(item.seq, format!("the step failed: {error}"));

@@ -4,10 +4,9 @@
 //!
 //! Each check prints what it found; the exit code is 0 only if all held.
 
-#[allow(dead_code)] // each program uses its own part
 #[path = "../common/cluster.rs"]
 mod cluster;
-#[allow(dead_code)] // as above
+#[allow(dead_code)] // each program uses its own part
 #[path = "../common/golden.rs"]
 mod golden;
 #[allow(dead_code)] // as above

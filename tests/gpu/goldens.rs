@@ -68,7 +68,9 @@ fn compare(settings: &Settings, model: &GoldenModel, nodes: &[usize]) -> Result<
         let square = |x: f32| f64::from(x) * f64::from(x);
         let difference: f64 = ours.iter().zip(theirs).map(|(a, b)| square(a - b)).sum();
         let distance = (difference / theirs.iter().copied().map(square).sum::<f64>()).sqrt() as f32;
-        if !(apart <= TOLERANCE && distance <= DISTANCE) {
+        // NaN must not pass for small.
+        let close = apart <= TOLERANCE && distance <= DISTANCE;
+        if !close {
             return Err(format!(
                 "{} on {nodes:?}: logits at position {position} differ by {apart} of their spread, {distance} of their length",
                 model.name
@@ -77,7 +79,8 @@ fn compare(settings: &Settings, model: &GoldenModel, nodes: &[usize]) -> Result<
         worst = worst.max(apart);
         (sum, count) = (sum + distance, count + 1.0);
     }
-    if !(sum <= MEAN * count) {
+    let close = sum <= MEAN * count;
+    if !close {
         return Err(format!(
             "{} on {nodes:?}: logits differ by {} of their length on average",
             model.name,

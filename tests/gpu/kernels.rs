@@ -89,7 +89,8 @@ impl Case {
                 let tokens = (context + rows - position).min(block_tokens);
                 // In a gap, and in the middle, a block may be half full.
                 let tokens = if sparse && random.random_bool(0.2) { random.random_range(1..=tokens) } else { tokens };
-                if !empty && !(sparse && random.random_bool(0.3)) {
+                let elsewhere = empty || (sparse && random.random_bool(0.3));
+                if !elsewhere {
                     case.runs.push(KvRun { block: next, position, tokens });
                 }
                 next += 1;
@@ -185,7 +186,8 @@ pub fn attention(settings: &Settings) -> Result<String, String> {
                 .zip(&want_lse)
                 .map(|(a, b)| if a == b { 0.0 } else { (a - b).abs() / (1.0 + b.abs()) })
                 .fold(0.0, f32::max);
-            if !(error < 1e-2 && lse_error < 1e-3) {
+            let close = error < 1e-2 && lse_error < 1e-3;
+            if !close {
                 return Err(format!(
                     "{element:?}, {shape:?}, {:?}, window {:?}, {:?}: o differs by {error}, lse by {lse_error}",
                     case.kv, case.window, case.seqs
@@ -258,7 +260,7 @@ fn layer<D: Host>(device: &mut D, pool: &KvPool, case: &RowsCase) -> Vec<(&'stat
     let seqs = [AttnSeq { row: 0, rows: rows as u32, position: 1000, run: 0, runs: 0 }];
     let logit_rows: Vec<u32> = (0..rows as u32).step_by(3).take(256).collect();
     let step = StepInput { tokens: &tokens, slots: &slots, seqs: &seqs, runs: &[], logit_rows: &logit_rows };
-    let rope = Rope { interleaved: case.seed % 2 == 0, ..ROPE(shape.head_dim / 2) };
+    let rope = Rope { interleaved: case.seed.is_multiple_of(2), ..ROPE(shape.head_dim / 2) };
     device.begin_step(&rope, &step, pool, false).expect("a step");
 
     let mut residual = device.buffer_f32(rows, hidden).expect("room");
@@ -338,7 +340,8 @@ pub fn rows(settings: &Settings) -> Result<String, String> {
         let got = layer(&mut device, &there, &case);
         for ((name, got), (_, want)) in got.iter().zip(&want) {
             let error = apart(got, want);
-            if !(error < 2e-2) {
+            let close = error < 2e-2;
+            if !close {
                 return Err(format!(
                     "{name}: differs by {error}; {rows} rows, hidden {}, ffn {}, {shape:?}, bias {}, norms {}",
                     case.hidden, case.ffn, case.biased, case.normed
@@ -360,7 +363,8 @@ pub fn rows(settings: &Settings) -> Result<String, String> {
             let got = values(&bytes);
             host.memory().read(host.offset(0, block), &mut bytes).map_err(|e| e.to_string())?;
             let error = apart(&got, &values(&bytes));
-            if !(error < 2e-2) {
+            let close = error < 2e-2;
+            if !close {
                 return Err(format!("K and V of block {block} differ by {error}; {rows} rows, {shape:?}"));
             }
         }

@@ -95,6 +95,10 @@ class Chat(unittest.TestCase):
         self.assertEqual(usage.total_tokens, usage.prompt_tokens + usage.completion_tokens)
 
     def test_a_stream_says_the_same(self):
+        # Once before: what is computed of a whole prompt and what is taken from the
+        # prefix cache may round differently with --math fast, and a token may lead
+        # by a hair.
+        chat()
         whole = chat()
         stream = chat(stream=True, stream_options={"include_usage": True})
         text, finishes, usage, first = "", [], None, None

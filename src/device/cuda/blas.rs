@@ -126,10 +126,17 @@ impl Blas {
 
     fn tune(&self, stream: &Stream, product: &Product, plan: &mut Plan) -> Result<()> {
         let found = self.candidates(plan).map_err(|e| failed(&format!("no algorithm for {product:?}"), e))?;
-        // Results of the timing go elsewhere: a sum must not be added to twice.
-        let size = if product.into == Into::Working { self.element.size() } else { 4 };
-        let elsewhere = GpuMemory::new(&self.context, product.rows * product.out_stride * size, "timing products")?;
-        elsewhere.fill(stream, 0)?;
+        // A sum must not be added to twice: those of the timing go elsewhere. Other
+        // results are written over by the product itself.
+        let elsewhere = match product.into {
+            Into::AddSingle => {
+                let memory = GpuMemory::new(&self.context, product.rows * product.out_stride * 4, "timing products")?;
+                memory.fill(stream, 0)?;
+                Some(memory)
+            }
+            Into::Working | Into::Single => None,
+        };
+        let out = elsewhere.as_ref().map_or(product.out, GpuMemory::address);
         // In a step the weights come from memory, not from the cache: it is
         // emptied before each run.
         let cache = GpuMemory::new(&self.context, 2 * self.context.properties().l2, "timing products")?;
@@ -140,7 +147,7 @@ impl Blas {
             for run in 0..RUNS {
                 cache.fill(stream, run as u8)?;
                 marks[0].record(stream)?;
-                if self.matmul(stream, product, plan, Some(&algorithm), elsewhere.address()).is_err() {
+                if self.matmul(stream, product, plan, Some(&algorithm), out).is_err() {
                     break;
                 }
                 marks[1].record(stream)?;

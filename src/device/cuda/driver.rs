@@ -18,8 +18,8 @@ pub fn failed(what: &str, error: DriverError) -> DeviceError {
     let text = error.error_string().map_or_else(|_| "unknown".into(), CStr::to_string_lossy);
     if error.0 == sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY {
         return DeviceError::OutOfMemory(format!(
-            "{what}: the GPU has no room for it; a smaller --max-batch-tokens or --kv-memory, or another process's \
-             memory, would make some"
+            "{what}: the GPU has no room for it; less --kv-memory, fewer --chunk-tokens or --max-sequences, or the \
+             memory of another process on this GPU would make some"
         ));
     }
     DeviceError::System(format!("{what}: {text} ({:?})", error.0))
