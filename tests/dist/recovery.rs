@@ -231,21 +231,31 @@ fn a_creditor_that_falls_silent_is_done_without_and_frees_what_it_lent_when_it_i
     let files = model(dir.path(), json!({}));
     let expected = alone(&files, 4096, &[(1, 1_500)], 64).remove(0);
     for (fabric, name) in [(FabricChoice::Shm, "shm"), (FabricChoice::Tcp, "tcp")] {
-        let mut setup = Setup::new(fabric, KvDtype::F32, &[512, 2048]);
+        let mut setup = Setup::new(fabric, KvDtype::F32, &[512]);
         setup.tuning.deadline = Duration::from_millis(300);
         let cluster = setup.start(&files);
         let block = files.config.kv_shape(16, KvDtype::F32).block_bytes();
-        let silent = Process::lender(&cluster, name, 256 * block);
-        // The one that runs in a process of its own has most to lend.
-        let lent = || {
+        let others = || -> Vec<(String, u32)> {
             let ledger = cluster.node.view().ledger();
-            let known = ledger.instances.iter().filter(|i| !i.me && i.id != cluster.lenders[0].instance().to_string());
-            known.filter_map(|i| i.row.as_ref()).map(|row| row.lent).next()
+            let known = ledger.instances.iter().filter(|i| !i.me);
+            known.filter_map(|i| Some((i.id.clone(), i.row.as_ref()?.lent))).collect()
         };
-        until("the process to join", || lent().is_some());
+        // Either has room for all: the one that is chosen falls silent, the other
+        // takes its place.
+        let mut lenders: Vec<(String, Process)> = Vec::new();
+        for count in 1..=2 {
+            let process = Process::lender(&cluster, name, 128 * block);
+            until("the process to join", || others().len() == count);
+            let new = others().into_iter().find(|(id, _)| lenders.iter().all(|(known, _)| known != id)).unwrap();
+            lenders.push((new.0, process));
+        }
+        until("their memory to be in reach", || cluster.node.stats().reach_tokens >= 4_096);
         let mut stream = cluster.submit(prompt(1, 1_500), 64, false);
         let mut found: Vec<_> = (0..20).map(|_| next(&mut stream).unwrap()).collect();
-        until("the process to say what it lends", || lent().is_some_and(|lent| lent > 0));
+        until("one to say what it lends", || others().iter().any(|(_, lent)| *lent > 0));
+        let chosen = others().into_iter().max_by_key(|(_, lent)| *lent).unwrap().0;
+        let lent = || others().into_iter().find(|(id, _)| *id == chosen).map(|(_, lent)| lent);
+        let silent = &lenders.iter().find(|(id, _)| *id == chosen).unwrap().1;
         silent.signal(Signal::STOP);
         while let Some(token) = next(&mut stream) {
             found.push(token);
