@@ -227,9 +227,11 @@ impl Drop for Process {
 
 #[test]
 fn a_creditor_that_falls_silent_is_done_without_and_frees_what_it_lent_when_it_is_back() {
+    // Long enough for the ledger to hear of the loan while it is in force.
+    const TOKENS: usize = 700;
     let dir = tempfile::tempdir().unwrap();
     let files = model(dir.path(), json!({}));
-    let expected = alone(&files, 4096, &[(1, 1_500)], 64).remove(0);
+    let expected = alone(&files, 4096, &[(1, 1_500)], TOKENS).remove(0);
     for (fabric, name) in [(FabricChoice::Shm, "shm"), (FabricChoice::Tcp, "tcp")] {
         let mut setup = Setup::new(fabric, KvDtype::F32, &[512]);
         setup.tuning.deadline = Duration::from_millis(300);
@@ -250,7 +252,7 @@ fn a_creditor_that_falls_silent_is_done_without_and_frees_what_it_lent_when_it_i
             lenders.push((new.0, process));
         }
         until("their memory to be in reach", || cluster.node.stats().reach_tokens >= 4_096);
-        let mut stream = cluster.submit(prompt(1, 1_500), 64, false);
+        let mut stream = cluster.submit(prompt(1, 1_500), TOKENS, false);
         let mut found: Vec<_> = (0..20).map(|_| next(&mut stream).unwrap()).collect();
         until("one to say what it lends", || others().iter().any(|(_, lent)| *lent > 0));
         let chosen = others().into_iter().max_by_key(|(_, lent)| *lent).unwrap().0;
@@ -265,7 +267,7 @@ fn a_creditor_that_falls_silent_is_done_without_and_frees_what_it_lent_when_it_i
         cluster.assert_all_returned();
         silent.signal(Signal::CONT);
         until("the process to free what it lent", || lent() == Some(0));
-        let again = tokens(cluster.submit(prompt(1, 1_500), 64, false));
+        let again = tokens(cluster.submit(prompt(1, 1_500), TOKENS, false));
         assert_eq!(again, expected, "{fabric:?}");
         cluster.stop();
     }
