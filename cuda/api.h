@@ -234,7 +234,7 @@ struct Argmax {
 
 // --- Linear layers of few rows ---
 
-// One product of the kernels `linear_m<rows>_<T>` (rows = 8, 16, 32 or 64), which
+// One product of the kernels `linear_m<rows>_<T>` (rows = 8, 16 or 32), which
 // run up to four of them one after another; linear.cuh says how they are passed.
 //   y[r] = scale[r] * (x[r] . W^T) + bias; scale[r] = 1 / rms of the row that x
 //   is made from where `x_squares` is given (x is then that row times the

@@ -460,7 +460,6 @@ __device__ __forceinline__ void linear(const LinearArgs &a) {
 #define DISTKV_LINEAR_ROWS(T, name)                                                                                    \
     DISTKV_LINEAR(8, T, name)                                                                                          \
     DISTKV_LINEAR(16, T, name)                                                                                         \
-    DISTKV_LINEAR(32, T, name)                                                                                         \
-    DISTKV_LINEAR(64, T, name)
+    DISTKV_LINEAR(32, T, name)
 DISTKV_LINEAR_ROWS(__nv_bfloat16, bf16)
 DISTKV_LINEAR_ROWS(__half, f16)

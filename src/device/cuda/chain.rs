@@ -15,8 +15,7 @@ use super::kernels::{Grid, Kernel, Kernels, Swizzle, Tensor, TensorMap};
 use super::memory::GpuMemory;
 use crate::device::{Norm, Result};
 
-/// Rows that the kernel exists for. (There is one for 64; the matrix library is
-/// faster there.)
+/// Rows that the kernel exists for: with more the matrix library is faster.
 const BUCKETS: [usize; 3] = [8, 16, FEW_ROWS];
 /// Products of a launch.
 const MOST: usize = 4;

@@ -60,9 +60,6 @@ pub struct Properties {
     pub numa: Option<u32>,
     /// Memory can be exported as a dma-buf, for a NIC to reach.
     pub dma_buf: bool,
-    /// What orders a NIC's writes before a kernel's reads: 0 needs a flush by the
-    /// host, 100 orders within the owner, 200 within all devices.
-    pub rdma_write_ordering: u32,
 }
 
 /// A GPU's primary context, retained while this lives.
@@ -141,10 +138,9 @@ fn properties(device: sys::CUdevice) -> Result<Properties> {
     unsafe { sys::cuDriverGetVersion(&mut driver) }
         .result()
         .map_err(|e| failed("asking for the driver's version", e))?;
-    let numa = get(A::CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID).ok().filter(|_| {
-        // SAFETY: the device was given by the driver.
-        unsafe { result::device::get_attribute(device, A::CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID) }.is_ok_and(|n| n >= 0)
-    });
+    // SAFETY: the device was given by the driver. Negative: not known.
+    let numa = unsafe { result::device::get_attribute(device, A::CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID) };
+    let numa = numa.ok().and_then(|node| u32::try_from(node).ok());
     Ok(Properties {
         name: result::device::get_name(device).map_err(|e| failed("asking for the GPU's name", e))?,
         capability: (
@@ -164,7 +160,6 @@ fn properties(device: sys::CUdevice) -> Result<Properties> {
         ),
         numa,
         dma_buf: get(A::CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED).unwrap_or(0) != 0,
-        rdma_write_ordering: get(A::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING).unwrap_or(0),
     })
 }
 
@@ -230,13 +225,6 @@ impl Stream {
         unsafe { result::graph::launch(graph.exec, self.stream) }.map_err(|e| failed("starting a step", e))
     }
 
-    /// What comes after waits for `event`.
-    pub fn wait(&self, event: &Event) -> Result<()> {
-        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
-        // SAFETY: both live.
-        unsafe { result::stream::wait_event(self.stream, event.event, flags) }.map_err(|e| failed("a stream's wait", e))
-    }
-
     /// The driver's handle.
     pub(super) fn raw(&self) -> sys::CUstream {
         self.stream
@@ -298,16 +286,6 @@ impl Event {
     pub fn synchronize(&self) -> Result<()> {
         // SAFETY: it lives.
         unsafe { result::event::synchronize(self.event) }.map_err(|e| failed("a step on the GPU", e))
-    }
-
-    /// Whether the stream has come by.
-    pub fn is_done(&self) -> Result<bool> {
-        // SAFETY: it lives.
-        match unsafe { result::event::query(self.event) } {
-            Ok(()) => Ok(true),
-            Err(DriverError(sys::cudaError_enum::CUDA_ERROR_NOT_READY)) => Ok(false),
-            Err(error) => Err(failed("a step on the GPU", error)),
-        }
     }
 
     /// Milliseconds from `earlier` to this; both were timed and have come by.
