@@ -132,3 +132,19 @@ fn where_gpu_memory_must_be_reached_nothing_starts_that_cannot() {
         assert!(stderr.contains("the module nvidia_peermem is not loaded"), "{stderr}");
     }
 }
+
+#[test]
+fn a_host_tier_without_a_gpu_is_refused_before_anything_starts() {
+    let serve = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_distkv"));
+        command.args(["serve", "--listen", "127.0.0.1:0", "--fabric-listen", "127.0.0.1:0"]).args(arguments);
+        let output = command.output().unwrap();
+        assert!(!output.status.success());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    // The model is not there: that it is never looked for shows in the message.
+    let said = serve(&["--model", "/nonexistent", "--host-kv-memory", "1GiB"]);
+    assert!(said.contains("--host-kv-memory is for a model on a GPU"), "{said}");
+    let said = serve(&["--model", "/nonexistent", "--device", "tpu:0"]);
+    assert!(said.contains("`tpu:0` is no device"), "{said}");
+}

@@ -108,6 +108,9 @@ const DRAIN_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Runs the subcommand until SIGTERM or SIGINT.
 pub fn run(args: Args) -> anyhow::Result<()> {
+    if args.host_kv_memory.is_some() && (args.no_model || args.engine.device == DeviceName::Cpu) {
+        bail!("--host-kv-memory is for a model on a GPU (--device cuda:0); here all memory is the host's: --kv-memory");
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("server")
@@ -192,9 +195,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 /// host's cores, where it lies.
 fn host_tier(args: &Args, config: &NodeConfig, node: &Node) -> anyhow::Result<Option<Node>> {
     let Some(bytes) = args.host_kv_memory else { return Ok(None) };
-    if args.no_model || args.engine.device == DeviceName::Cpu {
-        bail!("--host-kv-memory is for a model on a GPU (--device cuda:0); here all memory is the host's: --kv-memory");
-    }
     let config = NodeConfig {
         join: vec![node.control_address().to_owned()],
         fabric_listen: SocketAddr::new(config.fabric_listen.ip(), 0),
