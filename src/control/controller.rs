@@ -426,9 +426,11 @@ impl Controller {
         for conn in self.links.remove(instance) {
             self.outputs.push_back(Output::Disconnect { conn });
         }
+        let row = self.gossip.ledger().get(instance);
+        let left = row.is_some_and(|row| row.service == Service::Draining);
+        self.outputs.push_back(Output::Note(if left { Note::Left(instance) } else { Note::Down(instance) }));
         self.gossip.forget(instance);
         self.news.remove(&instance);
-        self.outputs.push_back(Output::Note(Note::Down(instance)));
         self.debts.near.remove(&instance);
         self.leases.remove(&instance);
         if self.announced.remove(&instance).is_some() {

@@ -209,8 +209,10 @@ pub enum Output {
 pub enum Note {
     /// A member is up.
     Up(InstanceId),
-    /// A member is down.
+    /// A member is down that had not said it would leave.
     Down(InstanceId),
+    /// A member is gone that had said it would leave.
+    Left(InstanceId),
     /// This instance was taken for dead by others and returned.
     Renewed(u32),
     /// A connection was closed for what came over it.

@@ -380,6 +380,7 @@ fn log(note: &Note) {
     match note {
         Note::Up(instance) => tracing::info!(%instance, "a member joined"),
         Note::Down(instance) => tracing::warn!(%instance, "a member is gone"),
+        Note::Left(instance) => tracing::info!(%instance, "a member has left"),
         Note::Renewed(life) => tracing::warn!(life, "others took this node for dead; it has joined again"),
         Note::Dropped { conn, reason } => tracing::warn!(conn, reason, "closed a control connection"),
         Note::CreditorRefused(instance, reason) => tracing::debug!(%instance, ?reason, "a creditor refused"),

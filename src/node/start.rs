@@ -24,7 +24,7 @@ use crate::control::controller::{Config, ConfigError, Controller, LocalStats};
 use crate::control::message::Role;
 use crate::control::perf::PerfModel;
 use crate::control::rmanager::{PoolSource, RManager};
-use crate::control::row::Profile;
+use crate::control::row::{Profile, Tier};
 use crate::control::seal::KEY_BYTES;
 use crate::device::cpu::{CpuDevice, CpuHolder, CpuOptions, Math};
 use crate::device::cuda::CudaDevice;
@@ -227,6 +227,9 @@ impl Node {
         let mut assembly = Assembly::new(&NodeConfig { lend, ..config.clone() }, source, Role::Engine)?;
         assembly.config.profile.model = Some(fingerprint);
         assembly.config.shape = Some(shape);
+        if pool.on_host().is_none() {
+            assembly.config.tier = Tier::Device;
+        }
 
         let exchange = Arc::new(ExchangeStats::default());
         let windows = if model.config.windows.iter().all(Option::is_none) {

@@ -574,6 +574,8 @@ fn a_draining_node_lends_nothing_new_and_says_when_it_is_free() {
     assert_eq!(world.nodes[1].control.deadline(), None);
     world.run_for(ms(1000));
     assert_eq!(world.nodes[0].control.members(), 0);
+    let gone = world.nodes[1].instance;
+    assert!(world.nodes[0].notes.contains(&Note::Left(gone)) && !world.nodes[0].notes.contains(&Note::Down(gone)));
 }
 
 #[test]

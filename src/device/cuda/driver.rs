@@ -349,23 +349,19 @@ impl Module {
             .map_err(|e| failed(&format!("loading the kernels of {name}"), e))
     }
 
-    /// A kernel, allowed `shared` bytes of dynamic shared memory; `None` where
-    /// the module has none of that name.
-    pub fn function(&self, name: &str, shared: u32) -> Result<Option<Function>> {
+    /// A kernel, allowed `shared` bytes of dynamic shared memory.
+    pub fn function(&self, name: &str, shared: u32) -> Result<Function> {
         let c_name = std::ffi::CString::new(name).expect("a name without zeros");
         // SAFETY: the module lives.
-        let function = match unsafe { result::module::get_function(self.module, c_name) } {
-            Ok(function) => function,
-            Err(DriverError(sys::cudaError_enum::CUDA_ERROR_NOT_FOUND)) => return Ok(None),
-            Err(error) => return Err(failed(&format!("looking for the kernel {name}"), error)),
-        };
+        let function = unsafe { result::module::get_function(self.module, c_name) }
+            .map_err(|e| failed(&format!("looking for the kernel {name}"), e))?;
         if shared > 48 << 10 {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function was just given.
             unsafe { result::function::set_function_attribute(function, attribute, shared as i32) }
                 .map_err(|e| failed(&format!("giving {name} {shared} bytes of shared memory"), e))?;
         }
-        Ok(Some(Function { function }))
+        Ok(Function { function })
     }
 }
 

@@ -11,4 +11,14 @@ pub struct Image {
     pub report: &'static str,
 }
 
+impl Image {
+    /// Whether the file has a kernel of this name, by what the assembler said: a
+    /// module that is asked for what it lacks answers with an error, which debuggers
+    /// report.
+    pub fn has(&self, kernel: &str) -> bool {
+        let named = |rest: &str| rest.split('\'').next() == Some(kernel);
+        self.report.split("Compiling entry function '").skip(1).any(named)
+    }
+}
+
 include!(concat!(env!("OUT_DIR"), "/cuda_images.rs"));

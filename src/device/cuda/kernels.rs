@@ -38,9 +38,9 @@ impl Kernels {
     /// A kernel that is the same for all element types, allowed `shared` bytes of
     /// dynamic shared memory.
     pub fn plain(&self, name: &str, shared: u32) -> Result<Kernel> {
-        let found = self.modules.iter().find_map(|module| module.function(name, shared).transpose()).transpose()?;
-        let function = found.ok_or_else(|| DeviceError::System(format!("this program has no kernel {name}")))?;
-        Ok(Kernel { function, shared })
+        let missing = || DeviceError::System(format!("this program has no kernel {name}"));
+        let image = IMAGES.iter().position(|image| image.has(name)).ok_or_else(missing)?;
+        Ok(Kernel { function: self.modules[image].function(name, shared)?, shared })
     }
 
     /// A kernel for the device's element type.
