@@ -8,6 +8,7 @@ pub mod cli;
 pub mod codec;
 pub mod control;
 pub mod device;
+pub mod e4m3;
 pub mod engine;
 pub mod ingress;
 pub mod kv;

@@ -314,6 +314,7 @@ pub fn put_shape(out: &mut Vec<u8>, shape: &KvShape) {
         KvDtype::Bf16 => 1,
         KvDtype::F16 => 2,
         KvDtype::F32 => 3,
+        KvDtype::Fp8 => 4,
     });
 }
 
@@ -328,6 +329,7 @@ pub fn get_shape(r: &mut Reader<'_>) -> Result<KvShape> {
             1 => KvDtype::Bf16,
             2 => KvDtype::F16,
             3 => KvDtype::F32,
+            4 => KvDtype::Fp8,
             _ => return Err(DecodeError::Invalid("an unknown KV element type")),
         },
     };

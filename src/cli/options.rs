@@ -55,6 +55,8 @@ pub enum KvDtypeArg {
     F16,
     /// IEEE single precision.
     F32,
+    /// 8-bit float (E4M3): half of bf16's memory, less precise; not on a GPU yet.
+    Fp8,
 }
 
 impl From<KvDtypeArg> for KvDtype {
@@ -63,6 +65,7 @@ impl From<KvDtypeArg> for KvDtype {
             KvDtypeArg::Bf16 => Self::Bf16,
             KvDtypeArg::F16 => Self::F16,
             KvDtypeArg::F32 => Self::F32,
+            KvDtypeArg::Fp8 => Self::Fp8,
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::kv::rblock::{KvDtype, KvShape};
 
 fn shape() -> impl Strategy<Value = KvShape> {
     let size = 1u32..=4096;
-    let dtype = prop_oneof![Just(KvDtype::Bf16), Just(KvDtype::F16), Just(KvDtype::F32)];
+    let dtype = prop_oneof![Just(KvDtype::Bf16), Just(KvDtype::F16), Just(KvDtype::F32), Just(KvDtype::Fp8)];
     (size.clone(), size.clone(), size.clone(), size, dtype).prop_map(
         |(layers, kv_heads, head_dim, block_tokens, dtype)| KvShape { layers, kv_heads, head_dim, block_tokens, dtype },
     )

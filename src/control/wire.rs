@@ -136,6 +136,7 @@ impl<'a> Reader<'a> {
                 0 => KvDtype::Bf16,
                 1 => KvDtype::F16,
                 2 => KvDtype::F32,
+                3 => KvDtype::Fp8,
                 _ => return Err(DecodeError::Value(FIELD)),
             },
         };
@@ -200,6 +201,7 @@ impl Writer<'_> {
             KvDtype::Bf16 => 0,
             KvDtype::F16 => 1,
             KvDtype::F32 => 2,
+            KvDtype::Fp8 => 3,
         });
     }
 }

@@ -44,6 +44,9 @@ pub enum KvDtype {
     F16,
     /// IEEE single precision.
     F32,
+    /// 8-bit float E4M3 ([`crate::e4m3`]), unscaled: half the memory of bf16,
+    /// three bits of mantissa, values cut off at 448.
+    Fp8,
 }
 
 impl KvDtype {
@@ -52,6 +55,7 @@ impl KvDtype {
         match self {
             Self::Bf16 | Self::F16 => 2,
             Self::F32 => 4,
+            Self::Fp8 => 1,
         }
     }
 }

@@ -91,6 +91,23 @@ fn a_prompt_over_four_nodes_over_shm_f32() {
 }
 
 #[test]
+fn a_prompt_over_four_nodes_over_shm_fp8() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = model(dir.path(), json!({}));
+    let (_, one) = run(&files, &Setup::new(FabricChoice::Shm, KvDtype::Fp8, &[6_228]), 6_100);
+    let (_, many) = run(&files, &Setup::new(FabricChoice::Shm, KvDtype::Fp8, &FOUR_NODES), 6_100);
+    // Sums in another order round some elements the other way, an eighth of them
+    // apart: the likeliest token may change, and what follows it.
+    one.logits.lock().unwrap().retain(|(position, _)| *position < 6_100);
+    many.logits.lock().unwrap().retain(|(position, _)| *position < 6_100);
+    let apart = difference(&one.logits, &many.logits);
+    println!("fp8: logits within {apart:.1e} of their spread");
+    assert!(apart <= 5e-2, "logits differ by {apart} of their spread");
+    one.stop();
+    many.stop();
+}
+
+#[test]
 fn a_prompt_over_four_nodes_over_tcp_bf16() {
     same_as_one_node(FabricChoice::Tcp, KvDtype::Bf16, &FOUR_NODES, 6_100, 2e-2);
 }

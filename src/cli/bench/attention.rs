@@ -42,7 +42,7 @@ pub struct Args {
     /// Query rows of each sequence: 1 is decode, more a chunk of a prompt.
     #[arg(long, default_value_t = 1)]
     pub rows: usize,
-    /// Element type of the KV: bf16, f16 or f32.
+    /// Element type of the KV: bf16, f16, f32 or fp8.
     #[arg(long, default_value = "bf16", value_parser = kv_dtype)]
     pub kv_dtype: KvDtype,
     /// Tokens of an rBlock.
@@ -71,7 +71,8 @@ fn kv_dtype(name: &str) -> Result<KvDtype, String> {
         "bf16" => Ok(KvDtype::Bf16),
         "f16" => Ok(KvDtype::F16),
         "f32" => Ok(KvDtype::F32),
-        _ => Err("it may be bf16, f16 or f32".into()),
+        "fp8" => Ok(KvDtype::Fp8),
+        _ => Err("it may be bf16, f16, f32 or fp8".into()),
     }
 }
 

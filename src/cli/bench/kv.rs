@@ -20,6 +20,7 @@ pub fn fill(pool: &KvPool) -> anyhow::Result<()> {
             KvDtype::Bf16 => chunk.extend(half::bf16::from_f32(x).to_le_bytes()),
             KvDtype::F16 => chunk.extend(half::f16::from_f32(x).to_le_bytes()),
             KvDtype::F32 => chunk.extend(x.to_le_bytes()),
+            KvDtype::Fp8 => chunk.push(crate::e4m3::from_f32(x)),
         }
     }
     for offset in (0..len).step_by(chunk.len().max(1)) {

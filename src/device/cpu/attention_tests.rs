@@ -40,7 +40,7 @@ const LAYER: usize = 1;
 
 fn specs() -> impl Strategy<Value = Spec> {
     let head = prop::sample::select(vec![2usize, 8, 10, 48, 64, 80, 96, 128, 256]);
-    let dtype = prop::sample::select(vec![KvDtype::Bf16, KvDtype::F16, KvDtype::F32]);
+    let dtype = prop::sample::select(vec![KvDtype::Bf16, KvDtype::F16, KvDtype::F32, KvDtype::Fp8]);
     let seqs = prop::collection::vec((1u32..41, 0u32..300, any::<bool>()), 1..4);
     let decode = prop::collection::vec((1u32..2, 0u32..900, any::<bool>()), 1..4);
     let seqs = prop_oneof![seqs, decode];

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::simd::Simd;
+use crate::e4m3;
 use crate::kv::pool::KvPool;
 use crate::kv::rblock::{KvDtype, KvRun};
 
@@ -70,6 +71,7 @@ pub(super) unsafe fn load<S: Simd>(row: *const u8, i: usize, dtype: KvDtype) -> 
             KvDtype::Bf16 => S::load_bf16(row.cast::<u16>().wrapping_add(i)),
             KvDtype::F16 => S::load_f16(row.cast::<u16>().wrapping_add(i)),
             KvDtype::F32 => S::load(row.cast::<f32>().wrapping_add(i)),
+            KvDtype::Fp8 => S::load_e4m3(row.wrapping_add(i)),
         }
     }
 }
@@ -107,6 +109,7 @@ pub(super) unsafe fn widen<S: Simd>(
                         KvDtype::Bf16 => half::bf16::from_bits(*row.cast::<u16>().add(i)).to_f32(),
                         KvDtype::F16 => half::f16::from_bits(*row.cast::<u16>().add(i)).to_f32(),
                         KvDtype::F32 => *row.cast::<f32>().add(i),
+                        KvDtype::Fp8 => e4m3::to_f32(*row.add(i)),
                     }
                 };
             }

@@ -9,6 +9,7 @@ use half::{bf16, f16};
 use super::quant::dequantize_row;
 use crate::device::tensor::RawTensor;
 use crate::device::{AttentionShape, AttnSeq};
+use crate::e4m3;
 use crate::kv::pool::KvPool;
 use crate::kv::rblock::{KvDtype, KvRun};
 
@@ -96,6 +97,7 @@ pub fn kv_at(pool: &KvPool, layer: usize, block: u32, v: bool, head: usize, toke
             KvDtype::Bf16 => at.cast::<bf16>().read_unaligned().to_f32(),
             KvDtype::F16 => at.cast::<f16>().read_unaligned().to_f32(),
             KvDtype::F32 => at.cast::<f32>().read_unaligned(),
+            KvDtype::Fp8 => e4m3::to_f32(*at),
         }
     }
 }
@@ -116,6 +118,7 @@ pub fn write_kv(pool: &KvPool, layer: usize, block: u32, v: bool, head: usize, t
                 KvDtype::Bf16 => at.cast::<bf16>().add(i).write_unaligned(bf16::from_f32(x)),
                 KvDtype::F16 => at.cast::<f16>().add(i).write_unaligned(f16::from_f32(x)),
                 KvDtype::F32 => at.cast::<f32>().add(i).write_unaligned(x),
+                KvDtype::Fp8 => *at.add(i) = e4m3::from_f32(x),
             }
         }
     }

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::simd::{Kernel, Simd};
+use crate::e4m3;
 use crate::kv::rblock::KvDtype;
 
 /// `out = x / rms(x) · weight`; `out` may be `x`.
@@ -209,6 +210,11 @@ unsafe fn store_kv<S: Simd>(from: *const f32, len: usize, to: *mut u8, dtype: Kv
             KvDtype::Bf16 => {
                 for i in 0..len {
                     to.cast::<u16>().add(i).write(to_bf16(*from.add(i)));
+                }
+            }
+            KvDtype::Fp8 => {
+                for i in 0..len {
+                    to.add(i).write(e4m3::from_f32(*from.add(i)));
                 }
             }
             KvDtype::F16 => {

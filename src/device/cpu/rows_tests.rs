@@ -62,7 +62,7 @@ proptest! {
         kv_heads in 1usize..4,
         group in 1usize..5,
         half in prop::sample::select(vec![1usize, 4, 5, 24, 32, 64]),
-        dtype in prop::sample::select(vec![KvDtype::Bf16, KvDtype::F16, KvDtype::F32]),
+        dtype in prop::sample::select(vec![KvDtype::Bf16, KvDtype::F16, KvDtype::F32, KvDtype::Fp8]),
         interleaved: bool,
         normed: bool,
         seed in 0u64..1 << 40,
@@ -108,6 +108,7 @@ proptest! {
                                 KvDtype::Bf16 => half::bf16::from_f32(*x).to_f32(),
                                 KvDtype::F16 => half::f16::from_f32(*x).to_f32(),
                                 KvDtype::F32 => *x,
+                                KvDtype::Fp8 => crate::e4m3::to_f32(crate::e4m3::from_f32(*x)),
                             };
                             prop_assert_eq!(stored, rounded);
                         }

@@ -7,6 +7,7 @@
 #![allow(clippy::missing_safety_doc, clippy::undocumented_unsafe_blocks)]
 
 use crate::device::{DeviceError, Result};
+use crate::e4m3;
 
 /// Instruction sets that there are kernels for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,6 +107,8 @@ pub(super) trait Simd: Copy + Send + Sync + 'static {
     unsafe fn store_f16(p: *mut u16, x: Self::F);
     /// `LANES` bf16.
     unsafe fn load_bf16(p: *const u16) -> Self::F;
+    /// `LANES` numbers of [`e4m3`](crate::e4m3); the bytes that are none become 480.
+    unsafe fn load_e4m3(p: *const u8) -> Self::F;
     /// `LANES` bytes, 0 ..= 255.
     unsafe fn load_u8(p: *const u8) -> Self::F;
     /// `LANES` bytes, −128 ..= 127.
@@ -220,6 +223,7 @@ pub(super) mod x86 {
     use std::arch::x86_64::*;
 
     use super::{Kernel, Simd};
+    use crate::e4m3;
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")]
     pub unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Out {
@@ -271,6 +275,12 @@ pub(super) mod x86 {
             load_bf16(p: *const u16) -> __m512 = {
                 let x = _mm512_cvtepu16_epi32(p.cast::<__m256i>().read_unaligned());
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(x))
+            };
+            load_e4m3(p: *const u8) -> __m512 = {
+                let x = _mm512_cvtepi8_epi32(p.cast::<__m128i>().read_unaligned());
+                // The sign is all the high bits; the shift brings the others into place.
+                let x = _mm512_and_si512(_mm512_slli_epi32::<20>(x), _mm512_set1_epi32(0x87f0_0000u32 as i32));
+                _mm512_mul_ps(_mm512_castsi512_ps(x), _mm512_set1_ps(e4m3::SCALE))
             };
             load_u8(p: *const u8) -> __m512 = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(p.cast::<__m128i>().read_unaligned()));
             load_i8(p: *const i8) -> __m512 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(p.cast::<__m128i>().read_unaligned()));
@@ -370,6 +380,11 @@ pub(super) mod x86 {
             load_bf16(p: *const u16) -> __m256 = {
                 let x = _mm256_cvtepu16_epi32(p.cast::<__m128i>().read_unaligned());
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))
+            };
+            load_e4m3(p: *const u8) -> __m256 = {
+                let x = _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()));
+                let x = _mm256_and_si256(_mm256_slli_epi32::<20>(x), _mm256_set1_epi32(0x87f0_0000u32 as i32));
+                _mm256_mul_ps(_mm256_castsi256_ps(x), _mm256_set1_ps(e4m3::SCALE))
             };
             load_u8(p: *const u8) -> __m256 = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())));
             load_i8(p: *const i8) -> __m256 = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast())));
@@ -481,6 +496,11 @@ impl Simd for Plain {
     #[inline(always)]
     unsafe fn load_bf16(p: *const u16) -> [f32; 8] {
         unsafe { p.cast::<[u16; 8]>().read_unaligned() }.map(|b| f32::from_bits(u32::from(b) << 16))
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> [f32; 8] {
+        let place = |b: u8| f32::from_bits(u32::from(b & 0x80) << 24 | u32::from(b & 0x7f) << 20);
+        unsafe { p.cast::<[u8; 8]>().read_unaligned() }.map(|b| place(b) * e4m3::SCALE)
     }
     #[inline(always)]
     unsafe fn load_u8(p: *const u8) -> [f32; 8] {

@@ -35,6 +35,9 @@ impl Element {
             KvDtype::F32 => Err(DeviceError::Unsupported(
                 "CUDA: KV in f32; its kernels compute in the KV's type, bf16 or f16 (--kv-dtype)".into(),
             )),
+            KvDtype::Fp8 => Err(DeviceError::Unsupported(
+                "CUDA: KV in fp8: its attention kernels read bf16 or f16 (--kv-dtype)".into(),
+            )),
         }
     }
 
