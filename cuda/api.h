@@ -64,7 +64,7 @@ struct PrefillPlan {
 // `attention_prefill_sm90_d<head_dim>_<T>`: the sequences that are not decoded.
 struct Prefill {
     const void *q;         // T [rows, q_stride]: heads * head_dim query elements first in each row
-    const void *kv;        // T, the layer's pool
+    const void *kv;        // T, or e4m3 (kernels `..._fp8_<T>`): the layer's pool
     void *o;               // T [rows, heads * head_dim]
     float *lse;            // [rows, heads]
     const Seq *seqs;       // [step.seqs]
@@ -92,7 +92,7 @@ struct ReadSweep {
 // heads of any width up to 256.
 struct AttentionPlain {
     const void *qkv;       // T [rows, q_stride]: heads * head_dim query elements first in each row
-    const void *kv;        // T, the layer's pool
+    const void *kv;        // T, or e4m3 (kernels `..._fp8_<T>`): the layer's pool
     void *o;               // T [rows, heads * head_dim]
     float *lse;            // [rows, heads]
     const Step *step;      // [1]
@@ -192,7 +192,7 @@ struct RopeTable {
 // values into the pool (their places in qkv stay as they are).
 struct RopeAppend {
     void *qkv;             // T [rows, (heads + 2 kv_heads) * head_dim]
-    void *pool;            // T, the layer's pool
+    void *pool;            // T, or e4m3 where `fp8`: the layer's pool
     const float *table;    // by `rope_table`
     const float *bias;     // [(heads + 2 kv_heads) * head_dim]; or null
     const float *q_norm;   // [head_dim]; or null, as k_norm then is
@@ -206,7 +206,7 @@ struct RopeAppend {
     uint32_t pairs;        // that are rotated, at most head_dim / 2: the first 2 * pairs elements
     uint32_t interleaved;  // pairs are 1: (2i, 2i+1), 0: (i, i + pairs)
     float eps;             // of the norms
-    uint32_t reserved;     // 0
+    uint32_t fp8;          // 1: the pool's elements are e4m3
 };
 
 // Kernels `convert_<from>_<to>`: a tensor's bytes in one of the formats of

@@ -13,7 +13,12 @@
 // usual group: S^T = K Q^T with 16 keys as the M of m16n8k16, then
 // O^T += V^T P^T with 16 of head_dim as M. A column is (query row, head of the
 // group).
+//
+// Keys and values are T, as queries are, or E4M3, which is widened in registers.
+// Of 16 elements of head_dim, lane l of four then holds numbers 4 l .. 4 l + 3 of a
+// key (queries are read to match), and rows 8 apart of O^T are neighbours.
 #include "decode.cuh"
+#include "e4m3.cuh"
 
 namespace distkv {
 namespace {
@@ -23,37 +28,38 @@ constexpr uint32_t COLUMNS = 8; // of one matrix instruction
 // base 2) before it is moved: weights stay below 2^8, far from f16's range.
 constexpr float SLACK = 8.0f;
 
-// What a head_dim makes of a block.
-template <uint32_t D> struct Shape {
+// What a head_dim and the element of keys and values make of a block.
+template <class K, uint32_t D> struct Shape {
+    static constexpr bool FP8 = sizeof(K) == 1;
     static constexpr uint32_t WARPS = decode_rows(D) / 16; // that compute
     static constexpr uint32_t THREADS = WARPS * 32 + 32;
-    static constexpr uint32_t SLOT = decode_rows(D) * D * 2; // bytes of a unit's K or V
-    // Rows lie in shared memory in groups of 8, in each slices of WIDTH elements,
-    // in each the rows' 2 WIDTH bytes one after another, their 16-byte chunks
+    static constexpr uint32_t ROW = D * sizeof(K);
+    static constexpr uint32_t SLOT = decode_rows(D) * ROW; // bytes of a unit's K or V
+    // Rows lie in shared memory in groups of 8, in each slices of WIDTH bytes, in
+    // each the rows' WIDTH bytes one after another, their 16-byte chunks
     // swizzled as the tensor map does it, so that ldmatrix meets no bank twice
-    // (twice where head_dim is an odd multiple of 16, unswizzled). Slices are
+    // (twice where a row is an odd multiple of 32 bytes, unswizzled). Slices are
     // that short a stretch so that memory is read in order, nearly.
-    static constexpr uint32_t WIDTH = D % 64 == 0 ? 64 : D % 32 == 0 ? 32 : D;
-    static constexpr uint32_t CHUNKS = WIDTH / 8; // of a row in a slice
+    static constexpr uint32_t WIDTH = ROW % 128 == 0 ? 128 : ROW % 64 == 0 ? 64 : ROW;
+    static constexpr uint32_t CHUNKS = WIDTH / 16; // of a row in a slice
     // Floats of a column of O in `Shared`: padded, so that the warp's stores of
     // a tile of O^T meet no bank twice.
     static constexpr uint32_t PITCH = D + 4;
 
-    // Bytes from a slot's start to a chunk (0 .. D / 8) of a row.
+    // Bytes from a slot's start to a 16-byte chunk of a row.
     static __device__ __forceinline__ uint32_t at(uint32_t row, uint32_t chunk) {
-        const uint32_t swizzle = WIDTH == 64 ? row % 8 : WIDTH == 32 ? row / 2 % 4 : 0;
-        return row / 8 * (8 * D * 2) + chunk / CHUNKS * (8 * WIDTH * 2) + row % 8 * (WIDTH * 2) +
-               ((chunk % CHUNKS) ^ swizzle) * 16;
+        const uint32_t swizzle = WIDTH == 128 ? row % 8 : WIDTH == 64 ? row / 2 % 4 : 0;
+        return row / 8 * (8 * ROW) + chunk / CHUNKS * (8 * WIDTH) + row % 8 * WIDTH + ((chunk % CHUNKS) ^ swizzle) * 16;
     }
 };
 
 // What else a block keeps in shared memory, behind the ring.
-template <uint32_t D> struct Shared {
-    float o[Shape<D>::WARPS][COLUMNS][Shape<D>::PITCH];
-    float2 state[Shape<D>::WARPS][COLUMNS]; // maximum, sum
+template <class K, uint32_t D> struct Shared {
+    float o[Shape<K, D>::WARPS][COLUMNS][Shape<K, D>::PITCH];
+    float2 state[Shape<K, D>::WARPS][COLUMNS]; // maximum, sum
     uint64_t full[DECODE_SLOTS];
     uint64_t empty[DECODE_SLOTS];
-    uint2 cell[DECODE_SLOTS][Shape<D>::WARPS]; // of the unit's boxes: position of the first token, tokens to see
+    uint2 cell[DECODE_SLOTS][Shape<K, D>::WARPS]; // of the unit's boxes: position of the first token, tokens to see
 };
 
 // A slot of the ring, and the turn that it is in.
@@ -104,7 +110,7 @@ __device__ __forceinline__ Found find(const Decode &p, const DecodeItem &item, u
 }
 
 // One box of the pool, from this row.
-template <class T, uint32_t D>
+template <class K, uint32_t D>
 __device__ __forceinline__ void bring_box(const Decode &p, uint32_t to, uint32_t row, uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
     constexpr uint64_t EVICT_FIRST = 0x12f0000000000000; // what createpolicy.fractional.L2::evict_first gives
@@ -113,14 +119,16 @@ __device__ __forceinline__ void bring_box(const Decode &p, uint32_t to, uint32_t
                  "l"(p.kv_map), "r"(0), "r"((p.map_row + row) / 8), "r"(barrier), "l"(EVICT_FIRST)
                  : "memory");
 #else
-    const T *from = static_cast<const T *>(p.kv) + uint64_t(row) * D;
-    for (uint32_t i = threadIdx.x % 32; i < p.box_rows * (D / 8); i += 32)
-        copy_16(to + Shape<D>::at(i / (D / 8), i % (D / 8)), from + i * 8);
+    constexpr uint32_t CHUNKS = Shape<K, D>::ROW / 16;
+    const uint8_t *from = static_cast<const uint8_t *>(p.kv) + uint64_t(row) * Shape<K, D>::ROW;
+    for (uint32_t i = threadIdx.x % 32; i < p.box_rows * CHUNKS; i += 32)
+        copy_16(to + Shape<K, D>::at(i / CHUNKS, i % CHUNKS), from + i * 16);
 #endif
 }
 
-template <class T, uint32_t D> __device__ __forceinline__ void bring(const Decode &p, const DecodeItem &first, Shared<D> &shared, uint32_t ring) {
-    const uint32_t lane = threadIdx.x % 32, cells = decode_rows(D) / p.box_rows, box_bytes = p.box_rows * D * 2;
+template <class K, uint32_t D>
+__device__ __forceinline__ void bring(const Decode &p, const DecodeItem &first, Shared<K, D> &shared, uint32_t ring) {
+    const uint32_t lane = threadIdx.x % 32, cells = decode_rows(D) / p.box_rows, box_bytes = p.box_rows * Shape<K, D>::ROW;
     const uint32_t full = shared_address(shared.full), empty = shared_address(shared.empty);
     Place at = {0, 0};
     Found next = find(p, first, first.begin + lane);
@@ -139,7 +147,7 @@ template <class T, uint32_t D> __device__ __forceinline__ void bring(const Decod
                 const uint32_t boxes = __ballot_sync(~0u, brought);
                 for (uint32_t value = 0; value < 2; value++) {
                     barrier_wait(empty + at.slot * 8, at.parity ^ 1);
-                    const uint32_t slot = ring + at.slot * Shape<D>::SLOT, barrier = full + at.slot * 8;
+                    const uint32_t slot = ring + at.slot * Shape<K, D>::SLOT, barrier = full + at.slot * 8;
                     const uint32_t row = found.row + value * p.kv_heads * p.block_tokens;
                     if (in_unit)
                         shared.cell[at.slot][lane - i] = make_uint2(found.position, found.tokens);
@@ -148,11 +156,11 @@ template <class T, uint32_t D> __device__ __forceinline__ void bring(const Decod
                     if (lane == 0)
                         barrier_arrive_expect(barrier, __popc(boxes) * box_bytes);
                     if (brought)
-                        bring_box<T, D>(p, slot + (lane - i) * box_bytes, row, barrier);
+                        bring_box<K, D>(p, slot + (lane - i) * box_bytes, row, barrier);
 #else
                     for (uint32_t left = boxes; left; left &= left - 1) {
                         const uint32_t holder = __ffs(left) - 1;
-                        bring_box<T, D>(p, slot + (holder - i) * box_bytes, __shfl_sync(~0u, row, holder), barrier);
+                        bring_box<K, D>(p, slot + (holder - i) * box_bytes, __shfl_sync(~0u, row, holder), barrier);
                     }
                     barrier_arrive_copies(barrier);
                     __syncwarp();
@@ -188,12 +196,12 @@ template <uint32_t D> struct Share {
 
 // Joins the states in `shared` of the warps that share this kv head, of columns
 // `first ..`: one column at a time, the `step`th from `begin` on.
-template <class T, uint32_t D>
-__device__ __forceinline__ void join(const Decode &p, const DecodeItem &item, const Shared<D> &shared, uint32_t first,
+template <class T, class K, uint32_t D>
+__device__ __forceinline__ void join(const Decode &p, const DecodeItem &item, const Shared<K, D> &shared, uint32_t first,
                                      uint32_t kv_head, uint32_t begin, uint32_t step) {
     // In each cell, `size` consecutive warps have this head: powers of two all.
     const uint32_t columns = min(item.columns - first, COLUMNS), cell = p.box_rows / 16, shift = __ffs(p.together) - 1;
-    const uint32_t size = cell >> shift, sharers = Shape<D>::WARPS >> shift;
+    const uint32_t size = cell >> shift, sharers = Shape<K, D>::WARPS >> shift;
     float *part = part_of(p.parts, blockIdx.x, blockIdx.x == item.first, p.together, kv_head, D);
 #pragma unroll 2
     for (uint32_t column = begin; column < columns; column += step) {
@@ -224,9 +232,10 @@ __device__ __forceinline__ void join(const Decode &p, const DecodeItem &item, co
 
 // One warp's share of an item: NT times 8 columns over its units, then its
 // states into `shared`, joined with those of its kv head.
-template <class T, uint32_t D, uint32_t NT>
-__device__ __forceinline__ void attend(const Decode &p, const DecodeItem &item, Shared<D> &shared, uint32_t ring, Place &at) {
-    constexpr uint32_t STEPS = D / 16, WARPS = Shape<D>::WARPS;
+template <class T, class K, uint32_t D, uint32_t NT>
+__device__ __forceinline__ void attend(const Decode &p, const DecodeItem &item, Shared<K, D> &shared, uint32_t ring, Place &at) {
+    constexpr uint32_t STEPS = D / 16, WARPS = Shape<K, D>::WARPS;
+    constexpr bool FP8 = Shape<K, D>::FP8;
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t quad = lane / 4, pair = lane % 4 * 2;
     const uint32_t group = p.heads / p.kv_heads, cells = decode_rows(D) / p.box_rows;
@@ -240,13 +249,13 @@ __device__ __forceinline__ void attend(const Decode &p, const DecodeItem &item, 
         const uint32_t column = n * COLUMNS + quad;
         const T *from = static_cast<const T *>(p.qkv) +
                         uint64_t(item.row + column / group) * (p.heads + 2 * p.kv_heads) * D +
-                        ((item.head + share.kv_head) * group + column % group) * D + pair;
+                        ((item.head + share.kv_head) * group + column % group) * D + (FP8 ? 2 * pair : pair);
 #pragma unroll
         for (uint32_t step = 0; step < STEPS; step++)
 #pragma unroll
             for (uint32_t half = 0; half < 2; half++)
                 q[step][n][half] =
-                    column < item.columns ? *reinterpret_cast<const uint32_t *>(from + step * 16 + half * 8) : 0;
+                    column < item.columns ? *reinterpret_cast<const uint32_t *>(from + step * 16 + half * (FP8 ? 2 : 8)) : 0;
 #pragma unroll
         for (uint32_t i = 0; i < 2; i++)
             own[n][i] = item.position + min(n * COLUMNS + pair + i, item.columns - 1) / group;
@@ -272,14 +281,23 @@ __device__ __forceinline__ void attend(const Decode &p, const DecodeItem &item, 
         const uint32_t tokens = what.y > share.token ? min(what.y - share.token, 16u) : 0;
         uint32_t weights[NT][2];
         if (tokens) {
-            const uint32_t keys = ring + at.slot * Shape<D>::SLOT;
+            const uint32_t keys = ring + at.slot * Shape<K, D>::SLOT;
             // Two sums, so that half as many products wait for each other; the widest
             // heads have no registers for them.
             float s[NT][2][4] = {};
+            uint32_t two[4]; // steps of E4M3
 #pragma unroll
             for (uint32_t step = 0; step < STEPS; step++) {
                 uint32_t k[4];
-                load_matrices(k, keys + Shape<D>::at(key_row, step * 2 + key_chunk));
+                if constexpr (FP8) {
+                    if (step % 2 == 0)
+                        load_matrices(two, keys + Shape<K, D>::at(key_row, min(step + key_chunk, STEPS - 1)));
+                    const uint32_t low = two[step % 2 * 2], high = two[step % 2 * 2 + 1]; // tokens
+                    k[0] = widen_two<T, 0, 1>(low), k[1] = widen_two<T, 0, 1>(high);
+                    k[2] = widen_two<T, 2, 3>(low), k[3] = widen_two<T, 2, 3>(high);
+                } else {
+                    load_matrices(k, keys + Shape<K, D>::at(key_row, step * 2 + key_chunk));
+                }
 #pragma unroll
                 for (uint32_t n = 0; n < NT; n++)
                     multiply<T>(s[n][D <= 128 ? step % 2 : 0], k, q[step][n][0], q[step][n][1]);
@@ -346,7 +364,7 @@ __device__ __forceinline__ void attend(const Decode &p, const DecodeItem &item, 
 
         barrier_wait(full + at.slot * 8, at.parity);
         if (tokens) {
-            const uint32_t values = ring + at.slot * Shape<D>::SLOT;
+            const uint32_t values = ring + at.slot * Shape<K, D>::SLOT;
             // A slot behind the last token may hold NaN, which a weight of 0
             // would not silence.
             uint32_t keep[2] = {~0u, ~0u};
@@ -356,10 +374,19 @@ __device__ __forceinline__ void attend(const Decode &p, const DecodeItem &item, 
                     const uint32_t token = half * 8 + pair;
                     keep[half] = (token < tokens ? 0xffffu : 0) | (token + 1 < tokens ? 0xffff0000u : 0);
                 }
+            uint32_t two[4]; // steps of E4M3
 #pragma unroll
             for (uint32_t step = 0; step < STEPS; step++) {
                 uint32_t v[4];
-                load_matrices_transposed(v, values + Shape<D>::at(value_row, step * 2 + value_chunk));
+                if constexpr (FP8) {
+                    if (step % 2 == 0)
+                        load_matrices_transposed(two, values + Shape<K, D>::at(value_row, min(step + value_chunk, STEPS - 1)));
+                    const uint32_t low = two[step % 2], high = two[step % 2 + 2]; // tokens
+                    v[0] = widen_two<T, 0, 2>(low), v[1] = widen_two<T, 1, 3>(low);
+                    v[2] = widen_two<T, 0, 2>(high), v[3] = widen_two<T, 1, 3>(high);
+                } else {
+                    load_matrices_transposed(v, values + Shape<K, D>::at(value_row, step * 2 + value_chunk));
+                }
                 v[0] &= keep[0], v[1] &= keep[0], v[2] &= keep[1], v[3] &= keep[1];
 #pragma unroll
                 for (uint32_t n = 0; n < NT; n++)
@@ -383,27 +410,28 @@ __device__ __forceinline__ void attend(const Decode &p, const DecodeItem &item, 
                 shared.state[warp][pair + i] = make_float2(max[n][i], sum[n][i]);
 #pragma unroll
             for (uint32_t step = 0; step < STEPS; step++) {
-                shared.o[warp][pair + i][step * 16 + quad] = o[step][n][i];
-                shared.o[warp][pair + i][step * 16 + quad + 8] = o[step][n][i + 2];
+                const uint32_t row = step * 16 + (FP8 ? 2 * quad : quad);
+                shared.o[warp][pair + i][row] = o[step][n][i];
+                shared.o[warp][pair + i][row + (FP8 ? 1 : 8)] = o[step][n][i + 2];
             }
         }
         if (alone) {
             __syncwarp();
-            join<T, D>(p, item, shared, n * COLUMNS, share.kv_head, 0, 1);
+            join<T, K, D>(p, item, shared, n * COLUMNS, share.kv_head, 0, 1);
             __syncwarp();
         } else {
             sync_threads(WARPS * 32);
             const uint32_t shift = __ffs(p.together) - 1;
-            join<T, D>(p, item, shared, n * COLUMNS, warp & (p.together - 1), warp >> shift, WARPS >> shift);
+            join<T, K, D>(p, item, shared, n * COLUMNS, warp & (p.together - 1), warp >> shift, WARPS >> shift);
             sync_threads(WARPS * 32);
         }
     }
 }
 
-template <class T, uint32_t D> __device__ __forceinline__ void decode(const Decode &p) {
+template <class T, class K, uint32_t D> __device__ __forceinline__ void decode(const Decode &p) {
     // The swizzle counts from addresses that are multiples of 1024.
     extern __shared__ __align__(1024) uint8_t dynamic[];
-    Shared<D> &shared = *reinterpret_cast<Shared<D> *>(dynamic + p.slots * Shape<D>::SLOT);
+    Shared<K, D> &shared = *reinterpret_cast<Shared<K, D> *>(dynamic + p.slots * Shape<K, D>::SLOT);
     const uint32_t ring = shared_address(dynamic), warp = threadIdx.x / 32;
     // The plan is older than the kernel before this one: no need to wait.
     const DecodeItem first = load_item(p.items + blockIdx.x);
@@ -414,7 +442,7 @@ template <class T, uint32_t D> __device__ __forceinline__ void decode(const Deco
 #else
         barrier_init(shared_address(shared.full + threadIdx.x), 33);
 #endif
-        barrier_init(shared_address(shared.empty + threadIdx.x), Shape<D>::WARPS);
+        barrier_init(shared_address(shared.empty + threadIdx.x), Shape<K, D>::WARPS);
         barrier_init_done();
     }
     __syncthreads();
@@ -423,17 +451,17 @@ template <class T, uint32_t D> __device__ __forceinline__ void decode(const Deco
         wait_for_previous();
         return;
     }
-    if (warp == Shape<D>::WARPS) {
-        bring<T, D>(p, first, shared, ring);
+    if (warp == Shape<K, D>::WARPS) {
+        bring<K, D>(p, first, shared, ring);
         return;
     }
     wait_for_previous();
     Place at = {0, 0};
     for (DecodeItem item = first;; item = load_item(p.items + item.next)) {
         if (item.columns <= COLUMNS)
-            attend<T, D, 1>(p, item, shared, ring, at);
+            attend<T, K, D, 1>(p, item, shared, ring, at);
         else
-            attend<T, D, 2>(p, item, shared, ring, at);
+            attend<T, K, D, 2>(p, item, shared, ring, at);
         if (item.next == DECODE_NONE)
             break;
     }
@@ -442,14 +470,17 @@ template <class T, uint32_t D> __device__ __forceinline__ void decode(const Deco
 } // namespace
 } // namespace distkv
 
-#define DECODE(NAME, T, D)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(distkv::Shape<D>::THREADS, 1)                                         \
+#define DECODE(NAME, T, K, D)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(distkv::Shape<K, D>::THREADS, 1)                                      \
         attention_decode_d##D##_##NAME(const __grid_constant__ distkv::Decode p) {                                     \
-        distkv::decode<T, D>(p);                                                                                       \
+        distkv::decode<T, K, D>(p);                                                                                    \
     }
-#define DECODE_BOTH(D) DECODE(bf16, __nv_bfloat16, D) DECODE(f16, __half, D)
-DECODE_BOTH(64)
-DECODE_BOTH(80)
-DECODE_BOTH(96)
-DECODE_BOTH(128)
-DECODE_BOTH(256)
+#define DECODE_ALL(D)                                                                                                  \
+    DECODE(bf16, __nv_bfloat16, __nv_bfloat16, D)                                                                      \
+    DECODE(f16, __half, __half, D)                                                                                     \
+    DECODE(fp8_bf16, __nv_bfloat16, distkv::E4m3, D)
+DECODE_ALL(64)
+DECODE_ALL(80)
+DECODE_ALL(96)
+DECODE_ALL(128)
+DECODE_ALL(256)

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include "api.h"
+#include "e4m3.cuh"
 #include "paged_kv.cuh"
 #include "state.cuh"
 
@@ -15,10 +16,12 @@ constexpr uint32_t PLAIN_LANE_ELEMENTS = 256 / 32;
 
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(E4m3 x) { return to_float(x); }
 __device__ __forceinline__ void narrow(float x, __nv_bfloat16 *to) { *to = __float2bfloat16_rn(x); }
 __device__ __forceinline__ void narrow(float x, __half *to) { *to = __float2half_rn(x); }
 
-template <typename T> __device__ void attention_plain(const AttentionPlain &p) {
+// K: element of the keys and values.
+template <typename T, typename K> __device__ void attention_plain(const AttentionPlain &p) {
     const uint32_t row = blockIdx.x, lane = threadIdx.x % 32;
     const uint32_t head = blockIdx.y * PLAIN_WARPS + threadIdx.x / 32;
     if (row >= p.step->rows || head >= p.heads) {
@@ -31,7 +34,7 @@ template <typename T> __device__ void attention_plain(const AttentionPlain &p) {
     const Seq seq = p.seqs[index];
     const uint32_t own = seq.position + (row - seq.row), kv_head = head / (p.heads / p.kv_heads);
     const T *q = static_cast<const T *>(p.qkv) + uint64_t(row) * p.q_stride + head * p.head_dim;
-    const T *kv = static_cast<const T *>(p.kv);
+    const K *kv = static_cast<const K *>(p.kv);
     float query[PLAIN_LANE_ELEMENTS], sum[PLAIN_LANE_ELEMENTS] = {};
 #pragma unroll
     for (uint32_t i = 0; i < PLAIN_LANE_ELEMENTS; i++) {
@@ -41,8 +44,8 @@ template <typename T> __device__ void attention_plain(const AttentionPlain &p) {
     float max = NO_SCORE, total = 0.0f;
     for (uint32_t n = 0; n < seq.pages; n++) {
         const Page page = p.pages[seq.page + n];
-        const T *keys = kv + kv_offset(page.block, false, kv_head, p.kv_heads, p.block_tokens, p.head_dim);
-        const T *values = kv + kv_offset(page.block, true, kv_head, p.kv_heads, p.block_tokens, p.head_dim);
+        const K *keys = kv + kv_offset(page.block, false, kv_head, p.kv_heads, p.block_tokens, p.head_dim);
+        const K *values = kv + kv_offset(page.block, true, kv_head, p.kv_heads, p.block_tokens, p.head_dim);
         for (uint32_t token = 0; token < page.tokens; token++) {
             const uint32_t position = page.position + token;
             if (position > own || (p.window != 0 && own - position >= p.window)) {
@@ -84,10 +87,11 @@ template <typename T> __device__ void attention_plain(const AttentionPlain &p) {
 
 } // namespace distkv
 
-extern "C" __global__ void __launch_bounds__(128) attention_plain_bf16(const __grid_constant__ distkv::AttentionPlain p) {
-    distkv::attention_plain<__nv_bfloat16>(p);
-}
-
-extern "C" __global__ void __launch_bounds__(128) attention_plain_f16(const __grid_constant__ distkv::AttentionPlain p) {
-    distkv::attention_plain<__half>(p);
-}
+#define PLAIN(NAME, T, K)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(128)                                                                  \
+        attention_plain_##NAME(const __grid_constant__ distkv::AttentionPlain p) {                                     \
+        distkv::attention_plain<T, K>(p);                                                                              \
+    }
+PLAIN(bf16, __nv_bfloat16, __nv_bfloat16)
+PLAIN(f16, __half, __half)
+PLAIN(fp8_bf16, __nv_bfloat16, distkv::E4m3)

@@ -2,6 +2,7 @@
 // page size. Four warps take a tile of 64 packed rows (see prefill_plan.cuh)
 // over tiles of keys that cp.async gathers two deep, with the online softmax in
 // registers. Blocks draw (tile, kv head) pairs until none is left.
+#include "e4m3.cuh"
 #include "prefill_plan.cuh"
 #include "state.cuh"
 
@@ -16,14 +17,17 @@ constexpr uint32_t THREADS = WARPS * 32;
 constexpr uint32_t ROWS = WARPS * 16;
 constexpr uint32_t NOWHERE = 0xffffffff;
 
-// A block needs (ROWS + 4 KEYS) * STRIDE * 2 bytes of dynamic shared memory: the
-// queries, and two tiles of keys and of values.
-template <uint32_t D> struct Shape {
+// A block needs ROWS * STRIDE * 2 + 4 KEYS * PITCH bytes of dynamic shared memory:
+// the queries, and two tiles of keys and of values. K: their element.
+template <class K, uint32_t D> struct Shape {
+    static constexpr bool FP8 = sizeof(K) == 1;
     static constexpr uint32_t KEYS = D <= 128 ? 64 : 32;
-    // One 16-byte unit more than a row holds: an odd number of units, so that
-    // the 8 rows of a matrix that ldmatrix reads lie in different banks.
+    // One 16-byte unit more than a row holds, where that makes an odd number of
+    // them: the 8 rows of a matrix that ldmatrix reads lie in different banks.
     static constexpr uint32_t STRIDE = D + 8;
     static constexpr uint32_t UNITS = D / 8;
+    static constexpr uint32_t KV_UNITS = D * sizeof(K) / 16;
+    static constexpr uint32_t PITCH = (KV_UNITS | 1) * 16; // bytes from a key to the next
     static_assert(D % 16 == 0 && (STRIDE / 8) % 2 == 1, "head_dim is a multiple of 16");
 };
 
@@ -100,8 +104,12 @@ template <uint32_t KEYS> struct Lookup {
     uint32_t masked[3][2];      // by warp: whether some row does not see some key
 };
 
-template <class T, uint32_t D> __device__ __forceinline__ void prefill(const Prefill &p) {
-    using S = Shape<D>;
+// With e4m3 a word of four takes part as 16 of head_dim go by in another order:
+// lane l of four has numbers 4 l .. 4 l + 3 where 16-bit elements have it 2 l, 2 l +
+// 1, 2 l + 8, 2 l + 9. Queries lie in shared memory in that order, and outputs come
+// in it: even ones from one product, odd ones from the next.
+template <class T, class K, uint32_t D> __device__ __forceinline__ void prefill(const Prefill &p) {
+    using S = Shape<K, D>;
     constexpr uint32_t KEYS = S::KEYS;
     extern __shared__ __align__(16) uint8_t memory[];
     __shared__ Lookup<KEYS> lookup;
@@ -112,9 +120,9 @@ template <class T, uint32_t D> __device__ __forceinline__ void prefill(const Pre
     const uint32_t lane = thread % 32;
     const uint32_t queries = shared_address(memory);
     const uint32_t keys = queries + ROWS * S::STRIDE * 2;
-    constexpr uint32_t TILE_BYTES = KEYS * S::STRIDE * 2;
+    constexpr uint32_t TILE_BYTES = KEYS * S::PITCH;
     const T *q = static_cast<const T *>(p.q);
-    const T *kv = static_cast<const T *>(p.kv);
+    const K *kv = static_cast<const K *>(p.kv);
     T *o = static_cast<T *>(p.o);
 
     const uint32_t group = p.heads / p.kv_heads;
@@ -174,13 +182,16 @@ template <class T, uint32_t D> __device__ __forceinline__ void prefill(const Pre
             if (t < tile.end) {
                 const uint32_t to = keys + (t % 2) * 2 * TILE_BYTES;
 #pragma unroll
-                for (uint32_t i = 0; i < KEYS * S::UNITS / THREADS; ++i) {
-                    const uint32_t key = (i * THREADS + thread) / S::UNITS;
-                    const uint32_t unit = (i * THREADS + thread) % S::UNITS;
+                for (uint32_t i = 0; i < (KEYS * S::KV_UNITS + THREADS - 1) / THREADS; ++i) {
+                    const uint32_t key = (i * THREADS + thread) / S::KV_UNITS;
+                    const uint32_t unit = (i * THREADS + thread) % S::KV_UNITS;
+                    if (KEYS * S::KV_UNITS % THREADS != 0 && key >= KEYS) {
+                        break;
+                    }
                     const uint32_t row = lookup.row[t % 3][key];
                     const bool use = row != NOWHERE;
-                    const T *from = kv + (use ? uint64_t(row) * D + unit * 8 : 0);
-                    const uint32_t at = to + (key * S::STRIDE + unit * 8) * 2;
+                    const K *from = kv + (use ? uint64_t(row) * D + unit * (16 / sizeof(K)) : 0);
+                    const uint32_t at = to + key * S::PITCH + unit * 16;
                     copy16(at, from, use);
                     copy16(at + TILE_BYTES, from + (use ? uint64_t(p.kv_heads) * p.block_tokens * D : 0), use);
                 }
@@ -195,7 +206,15 @@ template <class T, uint32_t D> __device__ __forceinline__ void prefill(const Pre
             const bool use = m < packed_rows;
             const uint64_t from =
                 use ? uint64_t(seq.row + m / group) * p.q_stride + (kv_head * group + m % group) * D + unit * 8 : 0;
-            copy16(queries + (row * S::STRIDE + unit * 8) * 2, q + from, use);
+            const uint32_t to = queries + (row * S::STRIDE + unit * 8) * 2;
+            if constexpr (S::FP8) {
+                const uint4 eight = use ? *reinterpret_cast<const uint4 *>(q + from) : make_uint4(0, 0, 0, 0);
+                uint32_t *words = reinterpret_cast<uint32_t *>(memory + (to - queries)) - unit % 2 * 2;
+                words[0] = eight.x, words[4] = eight.y;
+                words[1] = eight.z, words[5] = eight.w;
+            } else {
+                copy16(to, q + from, use);
+            }
         }
         look_up(tile.begin);
         __syncthreads();
@@ -219,17 +238,29 @@ template <class T, uint32_t D> __device__ __forceinline__ void prefill(const Pre
             const uint32_t v = k + TILE_BYTES;
             float s[KEYS / 8][4] = {};
             const uint32_t a_at = queries + ((warp * 16 + lane % 16) * S::STRIDE + lane / 16 * 8) * 2;
-            const uint32_t k_at = k + ((lane % 8 + lane / 16 * 8) * S::STRIDE + lane / 8 % 2 * 8) * 2;
+            const uint32_t k_at = k + (S::FP8 ? lane * S::PITCH : (lane % 8 + lane / 16 * 8) * S::PITCH + lane / 8 % 2 * 16);
 #pragma unroll
             for (uint32_t d = 0; d < D / 16; ++d) {
                 uint32_t a[4];
                 load_matrices(a, a_at + d * 32);
+                if constexpr (S::FP8) {
 #pragma unroll
-                for (uint32_t n = 0; n < KEYS / 16; ++n) {
-                    uint32_t b[4];
-                    load_matrices(b, k_at + (n * 16 * S::STRIDE + d * 16) * 2);
-                    Element<T>::mma(s[2 * n], a, b[0], b[1]);
-                    Element<T>::mma(s[2 * n + 1], a, b[2], b[3]);
+                    for (uint32_t n = 0; n < KEYS / 32; ++n) {
+                        uint32_t b[4];
+                        load_matrices(b, k_at + n * 32 * S::PITCH + d * 16);
+#pragma unroll
+                        for (uint32_t i = 0; i < 4; ++i) {
+                            Element<T>::mma(s[4 * n + i], a, widen_two<T, 0, 1>(b[i]), widen_two<T, 2, 3>(b[i]));
+                        }
+                    }
+                } else {
+#pragma unroll
+                    for (uint32_t n = 0; n < KEYS / 16; ++n) {
+                        uint32_t b[4];
+                        load_matrices(b, k_at + n * 16 * S::PITCH + d * 32);
+                        Element<T>::mma(s[2 * n], a, b[0], b[1]);
+                        Element<T>::mma(s[2 * n + 1], a, b[2], b[3]);
+                    }
                 }
             }
 
@@ -277,21 +308,45 @@ template <class T, uint32_t D> __device__ __forceinline__ void prefill(const Pre
                 acc[n][3] *= factor1;
             }
 
-            const uint32_t v_at = v + (lane % 16 * S::STRIDE + lane / 16 * 8) * 2;
+            // Weights of keys 16 n .. 16 n + 15, as the matrix unit takes them.
+            const auto weights = [&](uint32_t n, uint32_t (&a)[4]) {
+                a[0] = Element<T>::pack(s[2 * n][0], s[2 * n][1]);
+                a[1] = Element<T>::pack(s[2 * n][2], s[2 * n][3]);
+                a[2] = Element<T>::pack(s[2 * n + 1][0], s[2 * n + 1][1]);
+                a[3] = Element<T>::pack(s[2 * n + 1][2], s[2 * n + 1][3]);
+            };
+            if constexpr (S::FP8) {
+                const uint32_t v_at = v + lane * S::PITCH;
 #pragma unroll
-            for (uint32_t n = 0; n < KEYS / 16; ++n) {
-                const uint32_t a[4] = {
-                    Element<T>::pack(s[2 * n][0], s[2 * n][1]),
-                    Element<T>::pack(s[2 * n][2], s[2 * n][3]),
-                    Element<T>::pack(s[2 * n + 1][0], s[2 * n + 1][1]),
-                    Element<T>::pack(s[2 * n + 1][2], s[2 * n + 1][3]),
-                };
+                for (uint32_t n = 0; n < KEYS / 32; ++n) {
+                    uint32_t a[2][4];
+                    weights(2 * n, a[0]);
+                    weights(2 * n + 1, a[1]);
 #pragma unroll
-                for (uint32_t d = 0; d < D / 16; ++d) {
-                    uint32_t b[4];
-                    load_matrices_transposed(b, v_at + (n * 16 * S::STRIDE + d * 16) * 2);
-                    Element<T>::mma(acc[2 * d], a, b[0], b[1]);
-                    Element<T>::mma(acc[2 * d + 1], a, b[2], b[3]);
+                    for (uint32_t d = 0; d < D / 16; ++d) {
+                        uint32_t b[4];
+                        load_matrices_transposed(b, v_at + n * 32 * S::PITCH + d * 16);
+#pragma unroll
+                        for (uint32_t i = 0; i < 2; ++i) {
+                            const uint32_t low = b[2 * i], high = b[2 * i + 1];
+                            Element<T>::mma(acc[2 * d], a[i], widen_two<T, 0, 2>(low), widen_two<T, 0, 2>(high));
+                            Element<T>::mma(acc[2 * d + 1], a[i], widen_two<T, 1, 3>(low), widen_two<T, 1, 3>(high));
+                        }
+                    }
+                }
+            } else {
+                const uint32_t v_at = v + lane % 16 * S::PITCH + lane / 16 * 16;
+#pragma unroll
+                for (uint32_t n = 0; n < KEYS / 16; ++n) {
+                    uint32_t a[4];
+                    weights(n, a);
+#pragma unroll
+                    for (uint32_t d = 0; d < D / 16; ++d) {
+                        uint32_t b[4];
+                        load_matrices_transposed(b, v_at + n * 16 * S::PITCH + d * 32);
+                        Element<T>::mma(acc[2 * d], a, b[0], b[1]);
+                        Element<T>::mma(acc[2 * d + 1], a, b[2], b[3]);
+                    }
                 }
             }
         }
@@ -305,10 +360,20 @@ template <class T, uint32_t D> __device__ __forceinline__ void prefill(const Pre
             }
             const uint64_t head = uint64_t(seq.row + m / group) * p.heads + kv_head * group + m % group;
             const float factor = sum > 0.0f ? 1.0f / sum : 0.0f;
-            uint32_t *to = reinterpret_cast<uint32_t *>(o + head * D) + lane % 4;
+            if constexpr (S::FP8) {
+                uint2 *to = reinterpret_cast<uint2 *>(o + head * D) + lane % 4;
 #pragma unroll
-            for (uint32_t n = 0; n < D / 8; ++n) {
-                to[n * 4] = Element<T>::pack(acc[n][i] * factor, acc[n][i + 1] * factor);
+                for (uint32_t d = 0; d < D / 16; ++d) {
+                    const float *even = &acc[2 * d][i], *odd = &acc[2 * d + 1][i];
+                    to[d * 4] = make_uint2(Element<T>::pack(even[0] * factor, odd[0] * factor),
+                                           Element<T>::pack(even[1] * factor, odd[1] * factor));
+                }
+            } else {
+                uint32_t *to = reinterpret_cast<uint32_t *>(o + head * D) + lane % 4;
+#pragma unroll
+                for (uint32_t n = 0; n < D / 8; ++n) {
+                    to[n * 4] = Element<T>::pack(acc[n][i] * factor, acc[n][i + 1] * factor);
+                }
             }
             if (lane % 4 == 0) {
                 p.lse[head] = natural_lse(max * scale, sum);
@@ -324,17 +389,20 @@ template <class T, uint32_t D> __device__ __forceinline__ void prefill(const Pre
 
 } // namespace
 
-#define PREFILL(T, NAME, D)                                                                                            \
+#define PREFILL(NAME, T, K, D)                                                                                         \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                           \
         attention_prefill_d##D##_##NAME(const __grid_constant__ Prefill p) {                                           \
-        prefill<T, D>(p);                                                                                              \
+        prefill<T, K, D>(p);                                                                                           \
     }
-#define PREFILL_BOTH(D) PREFILL(__nv_bfloat16, bf16, D) PREFILL(__half, f16, D)
+#define PREFILL_ALL(D)                                                                                                 \
+    PREFILL(bf16, __nv_bfloat16, __nv_bfloat16, D)                                                                     \
+    PREFILL(f16, __half, __half, D)                                                                                    \
+    PREFILL(fp8_bf16, __nv_bfloat16, E4m3, D)
 
-PREFILL_BOTH(64)
-PREFILL_BOTH(80)
-PREFILL_BOTH(96)
-PREFILL_BOTH(128)
-PREFILL_BOTH(256)
+PREFILL_ALL(64)
+PREFILL_ALL(80)
+PREFILL_ALL(96)
+PREFILL_ALL(128)
+PREFILL_ALL(256)
 
 } // namespace distkv

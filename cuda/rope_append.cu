@@ -1,9 +1,15 @@
 // Rotary embedding of a step's queries and keys, and keys and values into the
 // pool.
+#include "e4m3.cuh"
 #include "paged_kv.cuh"
 #include "rows.cuh"
 
 namespace distkv {
+
+template <>
+__device__ __forceinline__ E4m3 from_float<E4m3>(float x) {
+    return to_e4m3(x);
+}
 
 // cos and sin of an angle of any size, to about an ulp: the multiple of pi/2 is
 // taken off in f64, whose error is then far below that of the f32 remainder.
@@ -157,11 +163,13 @@ __device__ __forceinline__ void rope_append_heads(const RopeAppend &p, uint32_t 
                 continue;
             }
             T *to = qkv + head * d;
+            uint64_t place = 0;
             if (head >= keys) {
                 const bool value = head >= values;
                 const uint32_t kv_head = head - (value ? values : keys);
-                to = static_cast<T *>(p.pool) + uint64_t(slot.offset) * d +
-                     kv_offset(slot.block, value, kv_head, p.kv_heads, p.block_tokens, d);
+                place = uint64_t(slot.offset) * d +
+                        kv_offset(slot.block, value, kv_head, p.kv_heads, p.block_tokens, d);
+                to = static_cast<T *>(p.pool) + place;
             }
 #pragma unroll
             for (uint32_t n = 0; n < N; n++) {
@@ -175,8 +183,13 @@ __device__ __forceinline__ void rope_append_heads(const RopeAppend &p, uint32_t 
                         a[i] = x[n][i];
                         b[i] = x[n][i + W];
                     }
-                    store(to + at[n].a, a);
-                    store(to + at[n].b, b);
+                    if (p.fp8 != 0 && head >= keys) {
+                        store(static_cast<E4m3 *>(p.pool) + place + at[n].a, a);
+                        store(static_cast<E4m3 *>(p.pool) + place + at[n].b, b);
+                    } else {
+                        store(to + at[n].a, a);
+                        store(to + at[n].b, b);
+                    }
                 }
             }
         }

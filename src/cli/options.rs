@@ -55,7 +55,7 @@ pub enum KvDtypeArg {
     F16,
     /// IEEE single precision.
     F32,
-    /// 8-bit float (E4M3): half of bf16's memory, less precise; not on a GPU yet.
+    /// 8-bit float (E4M3): half of bf16's memory, less precise.
     Fp8,
 }
 

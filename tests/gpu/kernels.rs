@@ -114,7 +114,8 @@ pub fn attention(settings: &Settings) -> Result<String, String> {
     const LAYER: usize = 1;
     let mut random = ChaCha8Rng::seed_from_u64(1);
     let (mut worst, mut worst_lse, mut count) = (0f64, 0f32, 0);
-    for (element, dtype) in [(Element::Bf16, KvDtype::Bf16), (Element::F16, KvDtype::F16)] {
+    let kinds = [(Element::Bf16, KvDtype::Bf16), (Element::F16, KvDtype::F16), (Element::Bf16, KvDtype::Fp8)];
+    for (element, dtype) in kinds {
         let mut device = gpu(settings, element)?;
         for _ in 0..60 {
             let case = Case::new(&mut random, dtype);

@@ -19,7 +19,7 @@ use super::memory::GpuMemory;
 use super::step::{Addresses, Taken};
 use crate::device::{AttentionShape, DeviceError, Result};
 use crate::kv::pool::KvPool;
-use crate::kv::rblock::KvShape;
+use crate::kv::rblock::{KvDtype, KvShape};
 
 /// Widths of heads for which there are tensor-core kernels.
 const HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
@@ -103,14 +103,15 @@ impl Unit {
     }
 
     /// Bytes of shared memory with so many slots.
-    const fn shared(self, slots: u32, head_dim: u32) -> u32 {
+    const fn shared(self, slots: u32, head_dim: u32, element: u32) -> u32 {
         let warps = self.rows / 16;
-        slots * self.rows * head_dim * 2 + warps * 8 * (head_dim + 4) * 4 + warps * 64 + 256 + 16 * warps * 8
+        slots * self.rows * head_dim * element + warps * 8 * (head_dim + 4) * 4 + warps * 64 + 256 + 16 * warps * 8
     }
 
-    /// Slots that fit, at most.
-    fn slots(self, head_dim: u32, room: u32) -> Option<u32> {
-        (2..=MOST_SLOTS.min(api::DECODE_SLOTS)).rev().find(|&slots| self.shared(slots, head_dim) <= room)
+    /// Slots that fit, at most, with KV of `element` bytes.
+    fn slots(self, head_dim: u32, element: u32, room: u32) -> Option<u32> {
+        let most = MOST_SLOTS * 2 / element;
+        (2..=most.min(api::DECODE_SLOTS)).rev().find(|&slots| self.shared(slots, head_dim, element) <= room)
     }
 }
 
@@ -178,7 +179,7 @@ impl Attention {
         let tiled = HEAD_DIMS.contains(&shape.head_dim) && group <= MAX_GROUP && kv.block_tokens.is_multiple_of(16);
         let fast = match tiled {
             true => Fast::Tiled(Box::new(self.tile(kernels, stream, shape, pool, address)?)),
-            false => Fast::Plain(kernels.typed("attention_plain", 0)?),
+            false => Fast::Plain(kernels.typed(&format!("attention_plain{}", of_pool(&kv)), 0)?),
         };
         self.fit = Some(Fit { shape: *shape, kv, pool: address, blocks: pool.blocks(), kernels: fast });
         Ok(true)
@@ -198,10 +199,12 @@ impl Attention {
         let hopper = properties.capability == (9, 0);
         let shared = properties.shared_memory;
         let unit = Unit::new(pool.shape());
-        let Some(slots) = unit.slots(d as u32, shared) else {
+        let (element, of_pool) = (pool.shape().dtype.size(), of_pool(pool.shape()));
+        let Some(slots) = unit.slots(d as u32, element as u32, shared) else {
             return Err(DeviceError::Unsupported(format!("CUDA: heads of {d} in {shared} bytes of shared memory")));
         };
-        let decode = kernels.typed(&format!("attention_decode_d{d}"), unit.shared(slots, d as u32))?;
+        let decode =
+            kernels.typed(&format!("attention_decode_d{d}{of_pool}"), unit.shared(slots, d as u32, element as u32))?;
         let rows = 2 * u64::from(pool.blocks()) * shape.kv_heads as u64 * u64::from(pool.shape().block_tokens);
         let row_bytes = (d * self.element.size()) as u64;
         let decode_map = match hopper {
@@ -209,7 +212,9 @@ impl Attention {
             false => None,
         };
         let mut prefill_maps = Vec::new();
-        let (prefill, grid, tile_rows, tile_keys) = if hopper {
+        // Hopper's matrix unit takes keys from shared memory as they are, so that
+        // what has to be widened is left to the other kernel.
+        let (prefill, grid, tile_rows, tile_keys) = if hopper && element == self.element.size() {
             let keys = if d == 256 { 64 } else { 128 };
             let (columns, queries) = (d.div_ceil(64) as u32, if d == 256 { 1 } else { 2 });
             let kernel = kernels
@@ -231,7 +236,9 @@ impl Attention {
             (kernel, Grid::new(blocks as usize, 384), 128, keys)
         } else {
             let keys = if d == 256 { 32 } else { 64 };
-            let kernel = kernels.typed(&format!("attention_prefill_d{d}"), (64 + 4 * keys) * (d as u32 + 8) * 2)?;
+            let pitch = (d as u32 * element as u32 / 16 | 1) * 16;
+            let kernel =
+                kernels.typed(&format!("attention_prefill_d{d}{of_pool}"), 64 * (d as u32 + 8) * 2 + 4 * keys * pitch)?;
             let grid = Grid::new((blocks * kernel.occupancy(128)?) as usize, 128);
             (kernel, grid, 64, keys)
         };
@@ -261,7 +268,8 @@ impl Attention {
         rows: u64,
         unit: Unit,
     ) -> Result<GpuMemory> {
-        let d = shape.head_dim as u64;
+        // In elements of two bytes, whatever they are.
+        let d = (shape.head_dim * pool.shape().dtype.size() / 2) as u64;
         let (width, swizzle) = match d {
             d if d.is_multiple_of(64) => (64, Swizzle::Bytes128),
             d if d.is_multiple_of(32) => (32, Swizzle::Bytes64),
@@ -485,6 +493,12 @@ impl Attention {
         }
         Ok((index, true))
     }
+}
+
+/// What the names of kernels for a pool say of its element, where it is not the
+/// device's.
+fn of_pool(kv: &KvShape) -> &'static str {
+    if kv.dtype == KvDtype::Fp8 { "_fp8" } else { "" }
 }
 
 /// Whether a step has sequences to decode, and to prefill: the rule of

@@ -1,9 +1,10 @@
-//! The working precision of a CUDA device: activations, weights and KV.
+//! The working precision of a CUDA device: activations, weights, and KV unless
+//! that is FP8.
 
 use crate::device::{DeviceError, Result};
 use crate::kv::rblock::KvDtype;
 
-/// Element type of activations, weights and KV. The residual stream, sums and
+/// Element type of activations, weights and most KV. The residual stream, sums and
 /// logits are f32 whatever it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Element {
@@ -30,13 +31,10 @@ impl Element {
     /// That in which KV of `dtype` is attended to.
     pub fn of_kv(dtype: KvDtype) -> Result<Self> {
         match dtype {
-            KvDtype::Bf16 => Ok(Self::Bf16),
+            KvDtype::Bf16 | KvDtype::Fp8 => Ok(Self::Bf16),
             KvDtype::F16 => Ok(Self::F16),
             KvDtype::F32 => Err(DeviceError::Unsupported(
-                "CUDA: KV in f32; its kernels compute in the KV's type, bf16 or f16 (--kv-dtype)".into(),
-            )),
-            KvDtype::Fp8 => Err(DeviceError::Unsupported(
-                "CUDA: KV in fp8: its attention kernels read bf16 or f16 (--kv-dtype)".into(),
+                "CUDA: KV in f32; its kernels read bf16, f16 or fp8 (--kv-dtype)".into(),
             )),
         }
     }

@@ -433,8 +433,7 @@ impl Device for CudaDevice {
                 d.recorded.clear();
             }
             let kv = Self::layer(pool, layer)?;
-            let tokens = pool.shape().block_tokens;
-            d.rows.rope_append(&d.stream, &d.at, rows, shape, qk_norm, kv, tokens, qkv)
+            d.rows.rope_append(&d.stream, &d.at, rows, shape, qk_norm, kv, pool.shape(), qkv)
         });
     }
 

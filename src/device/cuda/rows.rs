@@ -14,6 +14,7 @@ use super::kernels::{Grid, Kernel, Kernels};
 use super::memory::{GpuMemory, Pinned};
 use super::step::Addresses;
 use crate::device::{AttentionShape, DeviceError, Norm, Result, Rope};
+use crate::kv::rblock::{KvDtype, KvShape};
 
 /// A step's cos and sin, and what they are made from.
 struct Angles {
@@ -168,7 +169,7 @@ impl Rows {
         shape: &AttentionShape,
         qk_norm: Option<(&Vector, &Vector, f32)>,
         kv: u64,
-        block_tokens: u32,
+        pool: &KvShape,
         qkv: &Buffer,
     ) -> Result<()> {
         let Some(Angles { rope, table, .. }) = &self.angles else { return Err(unfit()) };
@@ -192,11 +193,11 @@ impl Rows {
             heads: shape.heads as u32,
             kv_heads: shape.kv_heads as u32,
             head_dim: d as u32,
-            block_tokens,
+            block_tokens: pool.block_tokens,
             pairs: rope.inv_freq.len() as u32,
             interleaved: u32::from(rope.interleaved),
             eps: qk_norm.map_or(0.0, |(.., eps)| eps),
-            reserved: 0,
+            fp8: u32::from(pool.dtype == KvDtype::Fp8),
         };
         let lanes = d.div_ceil(16).next_power_of_two();
         let shares = if rows >= 1024 { 1 } else { ((shape.heads + 2 * shape.kv_heads) * lanes).div_ceil(128) };
