@@ -33,9 +33,9 @@ impl Element {
         match dtype {
             KvDtype::Bf16 | KvDtype::Fp8 => Ok(Self::Bf16),
             KvDtype::F16 => Ok(Self::F16),
-            KvDtype::F32 => Err(DeviceError::Unsupported(
-                "CUDA: KV in f32; its kernels read bf16, f16 or fp8 (--kv-dtype)".into(),
-            )),
+            KvDtype::F32 => {
+                Err(DeviceError::Unsupported("CUDA: KV in f32; its kernels read bf16, f16 or fp8 (--kv-dtype)".into()))
+            }
         }
     }
 
