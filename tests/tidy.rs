@@ -7,17 +7,21 @@ use std::path::{Path, PathBuf};
 
 /// The files that may contain unsafe code. A new one needs a reason.
 const UNSAFE: &[&str] = &[
+    "fabric/src/gpu.rs",                    // who promises that a range of a GPU's memory stays
     "fabric/src/memory.rs",                 // mapping shared memory
     "fabric/src/shm/ring.rs",               // atomics in memory that two processes map
     "fabric/src/tcp/batch.rs",              // io_uring submissions point into registered regions
     "fabric/src/tcp/io.rs",                 // sending from and receiving into registered regions
     "fabric/src/verbs/device/open.rs",      // calls of libibverbs, freed in order
+    "fabric/src/verbs/device/reach.rs",     // registers what it was promised to stay
     "fabric/src/verbs/objects.rs",          // calls of libibverbs; chains of requests on the stack
     "fabric/src/verbs/request.rs",          // requests as the library takes them, written in place
     "fabric/src/verbs/sys.rs",              // libibverbs, opened at run time
     "fabric/src/verbs/sys/types.rs",        // pointers to functions of libibverbs and its drivers
     "fabric/tests/software_hca.rs",         // calls the software HCA as C programs do
     "fabric/tests/software_hca/rig.rs",     // as above
+    "fabric/tests/verbs_device.rs",         // a range that stands for a GPU's
+    "fabric/tests/verbs_faults/gpu.rs",     // host memory that stands for a GPU's
     "fabric/tests/verbs_hot_path/rig.rs",   // functions that callgrind finds by name
     "tests/dist/main.rs",                   // names libibverbs for the process, before it has threads
     "fabric/tests/verbs_hot_path/quiet.rs", // a seccomp filter that counts system calls
@@ -83,7 +87,13 @@ const IMPORTS: &[(&str, &[&str])] = &[
 /// Modules that may import the fabric.
 const ON_THE_FABRIC: &[&str] = &["attention", "engine", "node", "server", "cli"];
 /// What `kv` and `device` may know of it: memory to register, and its errors.
-const MEMORY_ONLY: &[&str] = &["distkv_fabric::Memory", "distkv_fabric::Result", "distkv_fabric::Error"];
+const MEMORY_ONLY: &[&str] = &[
+    "distkv_fabric::Memory",
+    "distkv_fabric::GpuRange",
+    "distkv_fabric::Dmabuf",
+    "distkv_fabric::Result",
+    "distkv_fabric::Error",
+];
 
 /// Words that would make the control plane impure, beside what they mean.
 const IMPURE: &[(&str, &str)] = &[

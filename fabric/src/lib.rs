@@ -17,6 +17,7 @@ mod door;
 mod error;
 #[doc(hidden)]
 pub mod frame;
+mod gpu;
 mod key;
 pub mod loopback;
 mod memory;
@@ -33,6 +34,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use error::{Error, Result};
+pub use gpu::{Dmabuf, GpuRange};
 pub use memory::Memory;
 pub use stats::Stats;
 

@@ -3,6 +3,7 @@
 //! freed too early, and fails its exit where something is not freed.
 //!
 //! Needs a C compiler and libibverbs-dev (`scripts/setup --test`).
+#![allow(unsafe_code)]
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -11,10 +12,10 @@ use std::process::Command;
 use std::sync::{Arc, OnceLock};
 
 use distkv_fabric::verbs::device::{
-    Context, DmabufSupport, GidKind, Link, Mr, MrAccess, Pd, PortState, VerbsConfig, rails, survey,
+    Context, DmabufSupport, GidKind, GpuDirect, Link, Mr, MrAccess, Pd, PortState, VerbsConfig, rails, reach, survey,
 };
 use distkv_fabric::verbs::sys::Lib;
-use distkv_fabric::{Error, Memory};
+use distkv_fabric::{Dmabuf, Error, GpuRange, Memory};
 
 /// The made-up library, compiled once a process.
 fn fake() -> &'static Lib {
@@ -116,6 +117,49 @@ fn dmabufs_are_registered_without_the_optional_flag_where_it_is_refused() {
     assert_eq!((region.lkey(), region.rkey(), region.address(), region.len()), (64, 1 << 20, 1 << 20, 4096));
     let error = register("fake_1").err().expect("this device has no dmabufs").to_string();
     assert!(error.contains("not supported"), "{error}");
+}
+
+/// What a GPU's driver would give.
+struct Exported;
+
+// SAFETY: no range: the made-up library reads and writes nothing.
+unsafe impl GpuRange for Exported {
+    fn device_address(&self) -> u64 {
+        3 << 20
+    }
+
+    fn bytes(&self) -> usize {
+        5000
+    }
+
+    fn prepare(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn export(&self) -> Result<Dmabuf, String> {
+        let file = fs::File::open("/dev/null").map_err(|e| e.to_string())?;
+        Ok(Dmabuf { file: file.into(), offset: 8192, len: 8192 })
+    }
+}
+
+#[test]
+fn a_gpus_memory_is_registered_under_its_own_address_as_far_as_it_goes() {
+    let reached = |name: &str, dmabuf| {
+        let pd = Pd::new(&Context::open(fake(), name).expect("the device")).expect("a domain");
+        let gpu: Arc<dyn GpuRange> = Arc::new(Exported);
+        reach(&pd, name, (&dmabuf, false), &gpu, MrAccess::RemoteWrite, 4096).expect("a way")
+    };
+    let by = reached("fake_0", DmabufSupport::Yes);
+    assert_eq!((&by.way, by.region.address(), by.region.len()), (&GpuDirect::Dmabuf, 3 << 20, 5000));
+    // The library's keys are the offset and the address that it was given.
+    assert_eq!((by.region.lkey(), by.region.rkey()), (8192, 3 << 20));
+    let by = reached("fake_1", DmabufSupport::Yes);
+    assert!(
+        matches!(&by.way, GpuDirect::Bounce { because } if because.contains("did not take the dmabuf")),
+        "{}",
+        by.way
+    );
+    assert_eq!(by.region.len(), by.host.expect("host memory").len());
 }
 
 #[test]

@@ -6,6 +6,8 @@
 mod bootstrap;
 #[path = "verbs_faults/devices.rs"]
 mod devices;
+#[path = "verbs_faults/gpu.rs"]
+mod gpu;
 #[path = "verbs_faults/guest.rs"]
 mod guest;
 #[path = "verbs_faults/hand.rs"]

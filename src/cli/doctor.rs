@@ -65,7 +65,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     transports.push(verbs_line(&verbs));
     let usable = transports.iter().any(|line| line.usable && line.name != Kind::Loopback.name());
     let machine = machine::look(&args.sysfs, verbs.needs_locked_memory());
-    let report = Report { version: env!("CARGO_PKG_VERSION"), transports, verbs, gpus: gpu::look(), machine };
+    let gpus = gpu::look(&verbs.found);
+    let report = Report { version: env!("CARGO_PKG_VERSION"), transports, verbs, gpus, machine };
     let text = if args.json { serde_json::to_string_pretty(&report)? + "\n" } else { render(&report) };
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {

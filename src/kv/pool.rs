@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use distkv_fabric::GpuRange;
 use distkv_fabric::Memory;
 
 use super::rblock::{BlockIndex, KvShape};
@@ -18,6 +19,11 @@ pub trait DeviceMemory: Send + Sync {
     /// No bytes at all.
     fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+    /// As what a NIC may be given, which then reaches it without the host; `None`
+    /// where no NIC could.
+    fn for_nic(self: Arc<Self>) -> Option<Arc<dyn GpuRange>> {
+        None
     }
     /// Copies from `offset` to the host.
     fn read(&self, offset: usize, to: &mut [u8]) -> Result<(), String>;
@@ -88,9 +94,14 @@ impl KvPool {
     /// Where the pool begins in its device's memory, of the same layout, where it
     /// lies on one.
     pub fn device_address(&self) -> Option<u64> {
+        self.on_accelerator().map(|memory| memory.address())
+    }
+
+    /// The memory, where it is a device's.
+    pub fn on_accelerator(&self) -> Option<&Arc<dyn DeviceMemory>> {
         match &self.store {
             Store::Host(_) => None,
-            Store::Device(memory) => Some(memory.address()),
+            Store::Device(memory) => Some(memory),
         }
     }
 

@@ -13,6 +13,7 @@ mod golden;
 #[path = "../common/smollm2.rs"]
 mod smollm2;
 
+mod export;
 mod goldens;
 mod kernels;
 mod soak;
@@ -39,6 +40,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("borrowed", goldens::most_elsewhere),
     ("repeat", goldens::repeats),
     ("smollm2", goldens::smollm2_answers),
+    ("dmabuf", export::memory_for_a_nic),
     ("soak", soak::many_requests),
 ];
 

@@ -4,6 +4,7 @@
 pub mod gid;
 mod gpu_direct;
 mod open;
+mod reach;
 pub mod topology;
 
 use std::fmt;
@@ -12,6 +13,7 @@ use std::path::Path;
 pub use gid::{Gid, GidKind};
 pub use gpu_direct::{DmabufSupport, GpuDirect, peermem_loaded};
 pub use open::{Context, Mr, MrAccess, Pd, check, names};
+pub use reach::{Reached, Registrar, reach};
 pub use topology::{Distance, Near, Place};
 
 use crate::verbs::sys::{self, Lib};

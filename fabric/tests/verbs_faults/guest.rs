@@ -13,7 +13,7 @@ use crate::node::{Node, bytes, drive, join, pattern, write};
 use crate::world::{Verbs, assert_lost, ends, secret, works, works_anew};
 
 /// Two RDMA devices, one on each end of the wire: `rxe0,rxe1`.
-const DEVICES: &str = "DISTKV_TEST_VERBS_DEVICES";
+pub const DEVICES: &str = "DISTKV_TEST_VERBS_DEVICES";
 /// Tells the peer that is killed what to do: address and key.
 const ORDERS: &str = "DISTKV_TEST_PEER";
 const LEN: usize = 64 << 10;

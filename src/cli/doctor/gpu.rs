@@ -2,11 +2,20 @@
 //! could reach.
 
 use std::fmt::Write as _;
+use std::sync::Arc;
 
+use distkv_fabric::GpuRange;
+use distkv_fabric::verbs::device::{Context, Device, GpuDirect, MrAccess, Pd, reach};
+use distkv_fabric::verbs::sys::Lib;
+use rustix::fs::SeekFrom;
 use serde::Serialize;
 
-use crate::device::cuda::driver::{self, Properties};
-use crate::device::cuda::{images, matrix_library};
+use crate::device::cuda::driver::{self, NicWrites, Properties, Stream};
+use crate::device::cuda::{KvMemory, images, matrix_library};
+
+/// Bytes of the GPU's memory that are exported and registered, to see whether
+/// that works.
+const TRIED: usize = 2 << 20;
 
 /// What was found.
 #[derive(Serialize)]
@@ -34,16 +43,46 @@ struct Gpu {
     numa_node: Option<u32>,
     /// As 13.0.
     driver: String,
-    /// Its memory can be exported as a dma-buf, for a NIC.
+    /// Its driver says that memory can be exported as a dma-buf, for a NIC.
     dma_buf: bool,
+    /// Who sees a NIC's writes in order without a flush.
+    nic_writes: &'static str,
+    /// What came of exporting some.
+    export: Export,
+    /// How each RDMA device reached that, tried.
+    nics: Vec<Nic>,
     /// How its kernels run here: machine code, or PTX compiled at start.
     code: &'static str,
 }
 
-/// Looks.
-pub fn look() -> Gpus {
+/// A small allocation's export.
+#[derive(Default, Serialize)]
+struct Export {
+    /// Bytes of the file, where there is one.
+    bytes: Option<u64>,
+    /// Why there is none.
+    because: Option<String>,
+}
+
+/// A NIC and the GPU's memory.
+#[derive(Serialize)]
+struct Nic {
+    name: String,
+    /// `dmabuf`, `peermem` or `bounce`; `none` where nothing worked.
+    way: &'static str,
+    /// Why none better.
+    because: Option<String>,
+}
+
+/// Looks, and tries to make memory of each GPU known to each RDMA device.
+pub fn look(nics: &[Device]) -> Gpus {
     let found = driver::count().and_then(|count| {
-        (0..count).map(|ordinal| Ok(gpu(ordinal, driver::Context::open(ordinal)?.properties()))).collect()
+        let open = |ordinal| {
+            let context = driver::Context::open(ordinal)?;
+            let (export, nics) = tried(&context, nics);
+            Ok(gpu(ordinal, context.properties(), export, nics))
+        };
+        (0..count).map(open).collect()
     });
     let (because, devices): (_, Vec<Gpu>) = match found {
         Ok(devices) => (None, devices),
@@ -59,7 +98,58 @@ pub fn look() -> Gpus {
     }
 }
 
-fn gpu(ordinal: usize, p: &Properties) -> Gpu {
+/// Exports some memory, and has each NIC take it.
+fn tried(context: &Arc<driver::Context>, nics: &[Device]) -> (Export, Vec<Nic>) {
+    let made = Stream::new(context, false).and_then(|stream| KvMemory::new(&Arc::new(stream), TRIED));
+    let memory: Arc<dyn GpuRange> = match made {
+        Ok(memory) => Arc::new(memory),
+        Err(error) => return (Export { bytes: None, because: Some(error.to_string()) }, Vec::new()),
+    };
+    let size = memory.export().and_then(|dmabuf| {
+        rustix::fs::seek(&dmabuf.file, SeekFrom::End(0)).map_err(|e| format!("asking for the dma-buf's size: {e}"))
+    });
+    let export = match size {
+        Ok(bytes) => Export { bytes: Some(bytes), because: None },
+        Err(because) => Export { bytes: None, because: Some(because) },
+    };
+    (export, nics.iter().map(|nic| Nic::tried(nic, &memory)).collect())
+}
+
+impl Nic {
+    fn tried(nic: &Device, memory: &Arc<dyn GpuRange>) -> Self {
+        let reached = Lib::get().map_err(str::to_string).and_then(|lib| {
+            let pd = Context::open(lib, &nic.name).and_then(|context| Pd::new(&context));
+            let pd = pd.map_err(|e| e.to_string())?;
+            let access = MrAccess::RemoteWrite;
+            reach(&pd, &nic.name, (&nic.dmabuf, nic.peermem), memory, access, TRIED).map_err(|e| e.to_string())
+        });
+        let (way, because) = match reached {
+            Ok(reached) => match reached.way {
+                GpuDirect::Dmabuf => ("dmabuf", None),
+                GpuDirect::PeerMem => (
+                    "peermem",
+                    reached.failed.into_iter().next().map(|(what, because)| format!("not by {what}: {because}")),
+                ),
+                GpuDirect::Bounce { because } => ("bounce", Some(because)),
+            },
+            Err(because) => ("none", Some(because)),
+        };
+        Self { name: nic.name.clone(), way, because }
+    }
+
+    fn render(&self, out: &mut String) {
+        let way = match self.way {
+            "dmabuf" => "its memory registered as a dma-buf",
+            "peermem" => "its memory registered by nvidia-peermem",
+            "bounce" => "a copy through host memory",
+            _ => "not reached",
+        };
+        let because = self.because.as_ref().map_or(String::new(), |because| format!(": {because}"));
+        let _ = writeln!(out, "            {}: {way}{because}", self.name);
+    }
+}
+
+fn gpu(ordinal: usize, p: &Properties, export: Export, nics: Vec<Nic>) -> Gpu {
     Gpu {
         ordinal,
         name: p.name.clone(),
@@ -70,6 +160,13 @@ fn gpu(ordinal: usize, p: &Properties) -> Gpu {
         numa_node: p.numa,
         driver: format!("{}.{}", p.driver / 1000, p.driver % 1000 / 10),
         dma_buf: p.dma_buf,
+        nic_writes: match p.nic_writes {
+            NicWrites::All => "all",
+            NicWrites::Owner => "owner",
+            NicWrites::Flushed => "none",
+        },
+        export,
+        nics,
         code: match p.capability {
             (9, 0) => "machine code for Hopper",
             (8, _) => "machine code for compute capability 8.0",
@@ -100,6 +197,20 @@ impl Gpus {
                 gpu.pci,
                 gpu.code
             );
+            let _ = match (&gpu.export.bytes, &gpu.export.because) {
+                (Some(bytes), _) => {
+                    let order = match gpu.nic_writes {
+                        "all" => "by every GPU",
+                        "owner" => "by this GPU",
+                        _ => "after a flush only",
+                    };
+                    writeln!(out, "            exported {bytes} bytes as a dma-buf; a NIC's writes are seen {order}")
+                }
+                (None, because) => {
+                    writeln!(out, "            exported nothing: {}", because.as_deref().unwrap_or("no reason given"))
+                }
+            };
+            gpu.nics.iter().for_each(|nic| nic.render(out));
         }
         let _ = match self.without_kernels {
             Some(because) => writeln!(out, "  kernels   none in this program: {because}"),
@@ -127,5 +238,50 @@ mod tests {
         let mut text = String::new();
         gpus.render(&mut text);
         assert_eq!(text, "  none      no driver\n  kernels   none in this program: no nvcc\n");
+    }
+
+    #[test]
+    fn what_came_of_exporting_and_registering_is_told() {
+        let properties = Properties {
+            name: "H200".into(),
+            capability: (9, 0),
+            multiprocessors: 132,
+            memory: 141 << 30,
+            shared_memory: 227 << 10,
+            l2: 50 << 20,
+            driver: 13000,
+            pci: "0000:18:00.0".into(),
+            numa: None,
+            dma_buf: true,
+            nic_writes: NicWrites::Owner,
+        };
+        let nic =
+            |name: &str, way, because: Option<&str>| Nic { name: name.into(), way, because: because.map(Into::into) };
+        let shown = |export, nics| {
+            let devices = vec![gpu(0, &properties, export, nics)];
+            let gpus = Gpus { because: None, kernels: 1, without_kernels: None, matrix_library: None, devices };
+            let mut text = String::new();
+            gpus.render(&mut text);
+            text
+        };
+        let ways = vec![
+            nic("mlx5_0", "dmabuf", None),
+            nic("mlx5_1", "peermem", Some("not by dmabuf: too old")),
+            nic("rxe0", "bounce", Some("too soft")),
+            nic("bad0", "none", Some("no memory may be locked")),
+        ];
+        let text = shown(Export { bytes: Some(2 << 20), because: None }, ways);
+        let told: Vec<&str> = text.lines().skip(1).map(str::trim).collect();
+        let expected = [
+            "exported 2097152 bytes as a dma-buf; a NIC's writes are seen by this GPU",
+            "mlx5_0: its memory registered as a dma-buf",
+            "mlx5_1: its memory registered by nvidia-peermem: not by dmabuf: too old",
+            "rxe0: a copy through host memory: too soft",
+            "bad0: not reached: no memory may be locked",
+            "kernels   1 files in this program",
+        ];
+        assert_eq!(told, expected);
+        let text = shown(Export { bytes: None, because: Some("the driver refused".into()) }, Vec::new());
+        assert!(text.contains("exported nothing: the driver refused"), "{text}");
     }
 }

@@ -20,6 +20,9 @@ pub struct Verbs {
     /// In the order in which they would be used.
     rails: Vec<RailLine>,
     passed_over: Vec<PassedOver>,
+    /// The devices that could be looked into, to try GPUs' memory with.
+    #[serde(skip)]
+    pub found: Vec<Device>,
 }
 
 #[derive(Serialize)]
@@ -105,13 +108,15 @@ pub fn look(sysfs: &Path, near: &Place, config: &VerbsConfig) -> Verbs {
         gigabits: rail.gigabits,
     });
     let passed_over = passed_over.into_iter().map(|(port, because)| PassedOver { port, because });
-    Verbs { error: None, devices, rails: rails.collect(), passed_over: passed_over.collect() }
+    let (rails, passed_over) = (rails.collect(), passed_over.collect());
+    Verbs { error: None, devices, rails, passed_over, found: found.devices }
 }
 
 impl Verbs {
     /// Nothing can be used.
     pub fn failed(because: String) -> Self {
-        Self { error: Some(because), devices: Vec::new(), rails: Vec::new(), passed_over: Vec::new() }
+        let (devices, rails, passed_over, found) = Default::default();
+        Self { error: Some(because), devices, rails, passed_over, found }
     }
 
     /// The ports that would be used, in words; or why there is none.

@@ -60,6 +60,19 @@ pub struct Properties {
     pub numa: Option<u32>,
     /// Memory can be exported as a dma-buf, for a NIC to reach.
     pub dma_buf: bool,
+    /// Who sees a NIC's writes into its memory without a flush.
+    pub nic_writes: NicWrites,
+}
+
+/// Who sees a NIC's writes into a GPU's memory in order, without a flush.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NicWrites {
+    /// Nobody: they are to be flushed (`cuFlushGPUDirectRDMAWrites`).
+    Flushed,
+    /// The GPU itself.
+    Owner,
+    /// All GPUs.
+    All,
 }
 
 /// A GPU's primary context, retained while this lives.
@@ -160,6 +173,12 @@ fn properties(device: sys::CUdevice) -> Result<Properties> {
         ),
         numa,
         dma_buf: get(A::CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED).unwrap_or(0) != 0,
+        // Numbers of CUGPUDirectRDMAWritesOrdering.
+        nic_writes: match get(A::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING) {
+            Ok(200..) => NicWrites::All,
+            Ok(100..) => NicWrites::Owner,
+            Ok(_) | Err(_) => NicWrites::Flushed,
+        },
     })
 }
 

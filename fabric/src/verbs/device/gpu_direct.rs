@@ -66,11 +66,17 @@ pub fn peermem_loaded(sysfs: &Path) -> bool {
 impl GpuDirect {
     /// The best way there is.
     pub fn choose(dmabuf: &DmabufSupport, peermem: bool) -> Self {
-        match dmabuf {
-            DmabufSupport::Yes => Self::Dmabuf,
-            DmabufSupport::No { .. } if peermem => Self::PeerMem,
-            DmabufSupport::No { because } => {
-                Self::Bounce { because: format!("{because}, and the module nvidia_peermem is not loaded") }
+        Self::choose_but(dmabuf, if peermem { Ok(()) } else { Err("the module nvidia_peermem is not loaded") })
+    }
+
+    /// As [`choose`](Self::choose), where it is known what speaks against
+    /// nvidia-peermem.
+    pub(super) fn choose_but(dmabuf: &DmabufSupport, peermem: std::result::Result<(), &str>) -> Self {
+        match (dmabuf, peermem) {
+            (DmabufSupport::Yes, _) => Self::Dmabuf,
+            (DmabufSupport::No { .. }, Ok(())) => Self::PeerMem,
+            (DmabufSupport::No { because }, Err(either)) => {
+                Self::Bounce { because: format!("{because}, and {either}") }
             }
         }
     }
