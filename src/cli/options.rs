@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use clap::ValueEnum;
 use distkv_fabric::verbs::device::{Near, VerbsConfig};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -14,6 +14,7 @@ use crate::device::cpu::Math;
 use crate::kv::rblock::{DEFAULT_BLOCK_TOKENS, KvDtype};
 use crate::model::load::ModelFiles;
 use crate::node::device::DeviceName;
+use crate::node::rank::{self, Rank};
 use crate::node::transports::FabricChoice;
 use crate::node::{ModelParts, NodeConfig, Tuning};
 use crate::schedule::scheduler::SchedulerConfig;
@@ -275,7 +276,9 @@ pub struct RdmaOptions {
     /// RDMA ports to use at most: a connection goes over one, and over the next when that has failed.
     #[arg(long, env = "DISTKV_RAILS", default_value_t = 1)]
     pub rails: usize,
-    /// Order RDMA ports by closeness to this: a PCI address (of a GPU, say) or `node:N`, a NUMA node.
+    /// Order RDMA ports by closeness to this: a PCI address (of a GPU, say) or `node:N`, a NUMA node; `serve` takes
+    /// the GPU that its model runs on. Of ports as close and as fast, engines of one host that a launcher has
+    /// started begin with different ones, by their rank on the host.
     #[arg(long, env = "DISTKV_NEAR", value_parser = near)]
     pub near: Option<Near>,
     /// Index of the GID to use, where the automatic choice (RoCE v2 over IPv4 first) is not right.
@@ -307,12 +310,18 @@ impl Default for RdmaOptions {
 }
 
 impl RdmaOptions {
-    /// As the fabric takes them.
+    /// As the fabric takes them, in the process that a launcher may have started.
     pub fn config(&self) -> anyhow::Result<VerbsConfig> {
+        let rank = rank::discover(|name| std::env::var(name).ok()).map_err(|e| anyhow!("rank environment: {e}"))?;
+        self.config_of(rank.as_ref())
+    }
+
+    fn config_of(&self, rank: Option<&Rank>) -> anyhow::Result<VerbsConfig> {
         let config = VerbsConfig {
             devices: self.verbs_devices.clone(),
             max_rails: self.rails,
             near: self.near.clone().unwrap_or_default(),
+            local_rank: rank.map_or(0, |rank| rank.local_rank),
             gid_index: self.verbs_gid_index,
             traffic_class: self.verbs_traffic_class,
             service_level: self.verbs_service_level,
@@ -364,5 +373,12 @@ mod tests {
         assert_eq!(parse("2M"), Ok(2_000_000));
         assert!(parse("8 parsecs").is_err_and(|e| e.contains("parsecs")));
         assert!(parse("GiB").is_err());
+    }
+
+    #[test]
+    fn engines_of_one_host_ask_for_different_rails() {
+        let rank = |local_rank| Rank { rank: 9, size: 16, local_rank, local_size: 8, master: None };
+        let asked = |rank: Option<&Rank>| RdmaOptions::default().config_of(rank).unwrap().local_rank;
+        assert_eq!((asked(None), asked(Some(&rank(1))), asked(Some(&rank(7)))), (0, 1, 7));
     }
 }

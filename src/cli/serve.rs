@@ -1,12 +1,13 @@
 //! `distkv serve`: one node of a cluster.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs, UdpSocket};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow, bail};
+use distkv_fabric::verbs::device::{Near, SYSFS};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -15,6 +16,7 @@ use super::options::{Bytes, EngineOptions, FabricOptions, open_model};
 use crate::attention::exchange::Stage;
 use crate::control::message::Role;
 use crate::control::view::LedgerView;
+use crate::device::cuda::driver;
 use crate::engine::{EngineHandle, EngineStats};
 use crate::ingress::{Identity, Ingress, IngressStats, Keys, Runner};
 use crate::model::hf::GenerationDefaults;
@@ -269,6 +271,12 @@ fn node_config(args: &Args, rank: Option<&Rank>, http: SocketAddr) -> anyhow::Re
     let mut config =
         args.fabric.node(fabric, lend, args.creditor_threads.into(), !args.engine.no_pin && rank.is_none())?;
     config.rank = rank.map_or(0, |r| r.rank);
+    if let DeviceName::Cuda(ordinal) = args.engine.device
+        && !args.no_model
+        && args.fabric.rdma.near.is_none()
+    {
+        config.rdma.near = near_gpu(ordinal);
+    }
     config.http = http.to_string();
     config.peers = peer_address(args, http, fabric.ip());
     config.join = join
@@ -280,6 +288,13 @@ fn node_config(args: &Args, rank: Option<&Rank>, http: SocketAddr) -> anyhow::Re
         })
         .collect::<anyhow::Result<_>>()?;
     Ok(config)
+}
+
+/// Where a GPU is, for the choice of RDMA ports. A GPU that cannot be asked, or
+/// that the system does not show, is found missing elsewhere or matters not.
+fn near_gpu(ordinal: usize) -> Near {
+    let near = driver::address(ordinal).map(Near::Pci).unwrap_or_default();
+    if near.place(Path::new(SYSFS)).is_ok() { near } else { Near::Anywhere }
 }
 
 /// Where other nodes hand requests to this one, if they can.

@@ -45,6 +45,9 @@ pub struct VerbsConfig {
     pub max_rails: usize,
     /// What the rails should be close to.
     pub near: Near,
+    /// Which of rails that are as close and as fast comes first, counted round:
+    /// engines of one host say their rank on it, and begin with different ones.
+    pub local_rank: u32,
     /// Only devices that reach a GPU's memory themselves, by dmabuf or
     /// nvidia-peermem.
     pub require_gpu_direct: bool,
@@ -65,6 +68,7 @@ impl Default for VerbsConfig {
             timeout: 14,
             max_rails: 1,
             near: Near::Anywhere,
+            local_rank: 0,
             require_gpu_direct: false,
         }
     }
@@ -290,11 +294,21 @@ pub struct Rail {
     pub distance: Distance,
 }
 
+impl Rail {
+    /// Rails of one class can stand for each other. Those of another link layer
+    /// reach other peers.
+    fn class(&self) -> (Distance, std::cmp::Reverse<Option<u32>>, bool) {
+        (self.distance, std::cmp::Reverse(self.gigabits), self.link != Link::InfiniBand)
+    }
+}
+
 /// Which ports are used, and why the others are not.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rails {
-    /// Closest first, then fastest, then by name: at most as many as the
-    /// configuration allows.
+    /// Closest first, then fastest, InfiniBand before Ethernet, first ports before
+    /// second ones, then by name; of those alike in the first three the one of
+    /// our [local rank](VerbsConfig::local_rank) first and those before it last.
+    /// At most as many as the configuration allows.
     pub chosen: Vec<Rail>,
     /// `mlx5_0:1` or the name of a device that the filter asks for, and why not.
     pub passed_over: Vec<(String, String)>,
@@ -312,9 +326,11 @@ pub fn rails(devices: &[Device], near: &Place, config: &VerbsConfig) -> Rails {
             }
         }
     }
-    rails.chosen.sort_by_key(|rail| {
-        (rail.distance, std::cmp::Reverse(rail.gigabits), natural(&rail.device), rail.device.clone(), rail.port)
-    });
+    // The second port of an adapter shares the bus with the first.
+    rails.chosen.sort_by_key(|rail| (rail.class(), rail.port, natural(&rail.device), rail.device.clone()));
+    for alike in rails.chosen.chunk_by_mut(|a, b| a.class() == b.class()) {
+        alike.rotate_left(config.local_rank as usize % alike.len());
+    }
     for spare in rails.chosen.split_off(rails.chosen.len().min(config.max_rails)) {
         let because = format!("usable; not needed for {} rail(s)", config.max_rails);
         rails.passed_over.push((format!("{}:{}", spare.device, spare.port), because));

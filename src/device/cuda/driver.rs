@@ -37,6 +37,19 @@ pub fn count() -> Result<usize> {
     result::device::get_count().map(|n| n as usize).map_err(|e| failed("counting GPUs", e))
 }
 
+/// Where GPU `ordinal` is on the bus, `domain:bus:device.0`; it is not opened.
+pub fn address(ordinal: usize) -> Result<String> {
+    pci(device(ordinal)?)
+}
+
+fn device(ordinal: usize) -> Result<sys::CUdevice> {
+    let count = count()?;
+    if ordinal >= count {
+        return Err(DeviceError::Unsupported(format!("there is no GPU {ordinal}: there are {count}, from 0 on")));
+    }
+    result::device::get(ordinal as c_int).map_err(|e| failed("opening the GPU", e))
+}
+
 /// What a GPU is.
 #[derive(Clone, Debug)]
 pub struct Properties {
@@ -90,11 +103,7 @@ unsafe impl Sync for Context {}
 impl Context {
     /// Opens GPU `ordinal`.
     pub fn open(ordinal: usize) -> Result<Arc<Self>> {
-        let count = count()?;
-        if ordinal >= count {
-            return Err(DeviceError::Unsupported(format!("there is no GPU {ordinal}: there are {count}, from 0 on")));
-        }
-        let device = result::device::get(ordinal as c_int).map_err(|e| failed("opening the GPU", e))?;
+        let device = device(ordinal)?;
         let properties = properties(device)?;
         // SAFETY: the device was just given by the driver.
         let context =
@@ -136,14 +145,27 @@ impl Drop for Context {
     }
 }
 
+/// One of a device's figures.
+fn attribute(device: sys::CUdevice, which: sys::CUdevice_attribute) -> Result<u32> {
+    // SAFETY: the device was given by the driver.
+    unsafe { result::device::get_attribute(device, which) }
+        .map(|value| value.max(0) as u32)
+        .map_err(|e| failed("asking what the GPU is", e))
+}
+
+fn pci(device: sys::CUdevice) -> Result<String> {
+    use sys::CUdevice_attribute as A;
+    Ok(format!(
+        "{:04x}:{:02x}:{:02x}.0",
+        attribute(device, A::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?,
+        attribute(device, A::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?,
+        attribute(device, A::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?
+    ))
+}
+
 fn properties(device: sys::CUdevice) -> Result<Properties> {
     use sys::CUdevice_attribute as A;
-    let get = |attribute| {
-        // SAFETY: the device was given by the driver.
-        unsafe { result::device::get_attribute(device, attribute) }
-            .map(|value| value.max(0) as u32)
-            .map_err(|e| failed("asking what the GPU is", e))
-    };
+    let get = |which| attribute(device, which);
     // SAFETY: the device was given by the driver.
     let memory = unsafe { result::device::total_mem(device) }.map_err(|e| failed("asking for the GPU's memory", e))?;
     let mut driver = 0;
@@ -165,12 +187,7 @@ fn properties(device: sys::CUdevice) -> Result<Properties> {
         shared_memory: get(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
         l2: get(A::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
         driver: driver.max(0) as u32,
-        pci: format!(
-            "{:04x}:{:02x}:{:02x}.0",
-            get(A::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?,
-            get(A::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?,
-            get(A::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?
-        ),
+        pci: pci(device)?,
         numa,
         dma_buf: get(A::CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED).unwrap_or(0) != 0,
         // Numbers of CUGPUDirectRDMAWritesOrdering.

@@ -71,6 +71,88 @@ fn the_closest_come_first_then_the_fastest_then_by_name() {
     assert_eq!(chosen(&nowhere), ["mlx5_0:1", "mlx5_2:1", "mlx5_9:1", "mlx5_10:1", "roce_0:1", "roce_0:2"]);
 }
 
+/// A host as built for GPUs: two sockets, on each two switches with two GPUs and
+/// two NICs of two ports, and an Ethernet NIC on the first socket.
+fn gpu_host() -> (Tree, Vec<Device>) {
+    let tree = Tree::new();
+    let mut devices = Vec::new();
+    for (socket, buses) in [["15", "27"], ["87", "95"]].into_iter().enumerate() {
+        for (switch, bus) in buses.into_iter().enumerate() {
+            let above = format!("pci0000:{bus}/0000:{bus}:01.0/0000:{bus}:02.0");
+            for slot in 0..2 {
+                tree.pci(&format!("{above}/0000:{bus}:1{slot}.0"), socket as i32);
+                let name = format!("mlx5_{}", socket * 4 + switch * 2 + slot);
+                tree.nic(&name, Some((&format!("{above}/0000:{bus}:2{slot}.0"), socket as i32)));
+                let ports = [1, 2].map(|number| port(number, Link::InfiniBand, "fe80::1"));
+                devices.push(device(&tree, &name, ports.into()));
+            }
+        }
+    }
+    tree.nic("roce_0", Some(("pci0000:31/0000:31:01.0/0000:32:00.0", 0)));
+    devices.push(device(&tree, "roce_0", vec![port(1, Link::Ethernet, "10.0.0.1")]));
+    (tree, devices)
+}
+
+/// What the engine of a local rank uses.
+fn of_rank(machine: &(Tree, Vec<Device>), near: &Near, local_rank: u32, max_rails: usize) -> Vec<String> {
+    let (tree, devices) = machine;
+    let config = VerbsConfig { max_rails, local_rank, near: near.clone(), ..VerbsConfig::default() };
+    chosen(&rails(devices, &near.place(tree.root()).expect("a place"), &config))
+}
+
+#[test]
+fn engines_of_one_host_begin_with_different_rails() {
+    let machine = gpu_host();
+    let first = |near: &Near, rank| of_rank(&machine, near, rank, 1).remove(0);
+    // Nowhere in particular: all adapters' first ports, then their second ones.
+    let anywhere: Vec<String> = (0..17).map(|rank| first(&Near::Anywhere, rank)).collect();
+    let expected: Vec<String> = [1, 2].iter().flat_map(|p| (0..8).map(move |nic| format!("mlx5_{nic}:{p}"))).collect();
+    assert_eq!((&anywhere[..16], &anywhere[16]), (&expected[..], &expected[0]), "round and round");
+    // Near a GPU: the two under its switch.
+    let near = Near::Pci("0000:27:10.0".into());
+    assert_eq!(
+        (0..5).map(|rank| first(&near, rank)).collect::<Vec<_>>(),
+        ["mlx5_2:1", "mlx5_3:1", "mlx5_2:2", "mlx5_3:2", "mlx5_2:1"]
+    );
+    // On a NUMA node: its four.
+    let node: Vec<String> = (0..4).map(|rank| first(&Near::Node(1), rank)).collect();
+    assert_eq!(node, ["mlx5_4:1", "mlx5_5:1", "mlx5_6:1", "mlx5_7:1"]);
+}
+
+#[test]
+fn a_rail_is_never_passed_by_for_one_that_is_further_slower_or_of_another_network() {
+    let machine = gpu_host();
+    let near = Near::Pci("0000:15:10.0".into());
+    for rank in 0..9 {
+        // Those under the switch, in whichever order; the socket's others; the
+        // Ethernet port, which is no further; and those of the other socket.
+        let all = of_rank(&machine, &near, rank, 99);
+        let sorted = |range: std::ops::Range<usize>| {
+            let mut names = all[range].to_vec();
+            names.sort_unstable();
+            names
+        };
+        assert_eq!(sorted(0..4), ["mlx5_0:1", "mlx5_0:2", "mlx5_1:1", "mlx5_1:2"], "rank {rank}");
+        assert_eq!(sorted(4..8), ["mlx5_2:1", "mlx5_2:2", "mlx5_3:1", "mlx5_3:2"], "rank {rank}");
+        assert_eq!((all[8].as_str(), all.len()), ("roce_0:1", 17), "rank {rank}");
+    }
+    let (tree, mut devices) = gpu_host();
+    // A port that has come up at half its speed is nobody's first.
+    devices[1].ports.iter_mut().for_each(|port| port.gigabits = Some(200));
+    let machine = (tree, devices);
+    let firsts: Vec<String> = (0..4).map(|rank| of_rank(&machine, &near, rank, 1).remove(0)).collect();
+    assert_eq!(firsts, ["mlx5_0:1", "mlx5_0:2", "mlx5_0:1", "mlx5_0:2"]);
+}
+
+#[test]
+fn the_rails_after_the_first_go_on_from_there() {
+    let machine = gpu_host();
+    let near = Near::Node(0);
+    assert_eq!(of_rank(&machine, &near, 0, 2), ["mlx5_0:1", "mlx5_1:1"]);
+    assert_eq!(of_rank(&machine, &near, 3, 3), ["mlx5_3:1", "mlx5_0:2", "mlx5_1:2"]);
+    assert_eq!(of_rank(&machine, &near, 7, 2), ["mlx5_3:2", "mlx5_0:1"]);
+}
+
 #[test]
 fn only_as_many_as_allowed_and_the_others_are_told() {
     let (tree, devices) = machine();
