@@ -59,6 +59,11 @@ const UNSAFE: &[&str] = &[
     "src/device/cuda/load.rs",              // as above
     "src/device/cuda/memory.rs",            // the GPU's memory, and the host's that it reaches
     "src/device/cuda/rows.rs",              // launches of kernels over addresses
+    "src/device/disk/block.rs",             // threads and the kernel write to disjoint memory
+    "src/device/disk/cached.rs",            // a system call that no crate has
+    "src/device/disk/reader.rs",            // a ring of memory that is read into
+    "src/device/disk/tests.rs",             // memory to read into
+    "src/device/disk/uring.rs",             // reads that io_uring is given
     "src/model/mapping.rs",                 // mapping files of weights
     "tests/cpu_allocations.rs",             // an allocator that counts
 ];

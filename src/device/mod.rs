@@ -10,6 +10,7 @@
 mod choice;
 pub mod cpu;
 pub mod cuda;
+pub mod disk;
 pub mod tensor;
 
 use std::ops::Range;

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use super::disk::Stored;
+
 /// Element or block type of a stored tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
@@ -83,4 +85,7 @@ pub struct RawTensor<'a> {
     pub cols: usize,
     /// `rows × dtype.bytes(cols)` bytes, of no particular alignment.
     pub bytes: &'a [u8],
+    /// Where the same bytes lie in a file, if they do: for devices that read them
+    /// from there rather than through the mapping.
+    pub stored: Option<Stored<'a>>,
 }

@@ -4,16 +4,18 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 
 use memmap2::{Mmap, UncheckedAdvice};
 
+use crate::device::disk::StoredFile;
 use crate::model::error::{ModelError, Result};
 
 /// A read-only mapping of a whole file. The pages are the file's: they cost
 /// memory only between being read and being [`release`](Self::release)d.
 pub struct Mapping {
     map: Mmap,
-    name: String,
+    file: Arc<StoredFile>,
 }
 
 impl Mapping {
@@ -36,15 +38,20 @@ impl Mapping {
         // numbers but no invalid value: everything read from it is plain bytes
         // whose ranges were checked against the mapping's own length.
         let map = unsafe { Mmap::map(&file) }.map_err(|e| ModelError::io(path, e))?;
-        Ok(Self { map, name: path.display().to_string() })
+        Ok(Self { map, file: Arc::new(StoredFile::new(file, path.display().to_string())) })
     }
 
     /// For messages.
     pub fn name(&self) -> &str {
-        &self.name
+        self.file.name()
     }
 
-    /// The file.
+    /// The file itself, to be read rather than mapped.
+    pub fn file(&self) -> &Arc<StoredFile> {
+        &self.file
+    }
+
+    /// What the file holds.
     pub fn bytes(&self) -> &[u8] {
         &self.map
     }
@@ -63,7 +70,7 @@ impl Mapping {
         let released = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
         if let Err(error) = released {
             // Costs memory, nothing else.
-            tracing::debug!(file = self.name, %error, "pages kept");
+            tracing::debug!(file = self.name(), %error, "pages kept");
         }
     }
 }

@@ -1,8 +1,10 @@
 //! Which parameters a model has and of what shape: what every weight file is
 //! checked against when it is opened.
 
+use crate::device::disk::Stored;
 use crate::device::tensor::RawTensor;
 use crate::model::config::ModelConfig;
+use crate::model::mapping::Mapping;
 use crate::model::weights::{LayerParam, Param};
 
 /// Parameters that some models have and others do not.
@@ -94,9 +96,10 @@ pub(crate) struct Extent {
 }
 
 impl Extent {
-    /// The tensor, if `file` is the mapping that the extent was checked for.
-    pub fn of<'a>(&self, file: &'a [u8]) -> Option<RawTensor<'a>> {
-        let bytes = file.get(self.start..self.start.checked_add(self.len)?)?;
-        Some(RawTensor { dtype: self.dtype, rows: self.rows, cols: self.cols, bytes })
+    /// The tensor, if `mapping` is the one that the extent was checked for.
+    pub fn of<'a>(&self, mapping: &'a Mapping) -> Option<RawTensor<'a>> {
+        let bytes = mapping.bytes().get(self.start..self.start.checked_add(self.len)?)?;
+        let stored = Some(Stored { file: mapping.file(), offset: self.start as u64 });
+        Some(RawTensor { dtype: self.dtype, rows: self.rows, cols: self.cols, bytes, stored })
     }
 }

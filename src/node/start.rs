@@ -28,6 +28,7 @@ use crate::control::row::{Profile, Tier};
 use crate::control::seal::KEY_BYTES;
 use crate::device::cpu::{CpuDevice, CpuHolder, CpuOptions, Math};
 use crate::device::cuda::CudaDevice;
+use crate::device::disk::Stored;
 use crate::device::{DeviceError, HolderKernel};
 use crate::engine::{Command, Engine, EngineConfig, EngineHandle, EngineStats, LogitTap, Parts, Running};
 use crate::kv::pool::KvPool;
@@ -209,7 +210,7 @@ impl Node {
     fn engine_on<D: EngineDevice>(config: &NodeConfig, mut model: ModelParts) -> Result<Self, NodeError> {
         let shape = model.kv_shape();
         let mut device = D::make(config.pin, &model)?;
-        let fingerprint = fingerprint(&model);
+        let fingerprint = fingerprint(&model)?;
         let transformer = Transformer::load(
             &mut device,
             &model.config,
@@ -601,7 +602,7 @@ fn listen(address: SocketAddr, security: &Security) -> Result<(TcpTransport, Udp
 /// Names everything that changes the KV of the same tokens: configuration,
 /// element types, arithmetic, and a sample of every weight. The same in every
 /// process.
-fn fingerprint(model: &ModelParts) -> [u8; 32] {
+fn fingerprint(model: &ModelParts) -> Result<[u8; 32], DeviceError> {
     const SAMPLE: usize = 4096;
     let (config, weights, dtype) = (&model.config, model.weights.as_ref(), model.kv_dtype);
     let math = match model.device {
@@ -611,19 +612,29 @@ fn fingerprint(model: &ModelParts) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new_derive_key("distkv model fingerprint v1");
     hasher.update(format!("{config:?} {dtype:?} {math}").as_bytes());
     let mut add = |param: Param| {
-        if let Some(tensor) = weights.get(param) {
-            hasher.update(format!("{param:?} {} {}x{}", tensor.dtype, tensor.rows, tensor.cols).as_bytes());
-            hasher.update(&tensor.bytes[..tensor.bytes.len().min(SAMPLE)]);
+        let Some(tensor) = weights.get(param) else { return Ok(()) };
+        hasher.update(format!("{param:?} {} {}x{}", tensor.dtype, tensor.rows, tensor.cols).as_bytes());
+        let len = tensor.bytes.len().min(SAMPLE);
+        match tensor.stored {
+            // Not by the mapping: that would bring much more of the file, and a file
+            // cut short would end the process.
+            Some(Stored { file, offset }) => {
+                let mut sample = [0; SAMPLE];
+                file.read(&mut sample[..len], offset).map_err(DeviceError::System)?;
+                hasher.update(&sample[..len]);
+            }
+            None => drop(hasher.update(&tensor.bytes[..len])),
         }
+        Ok(())
     };
-    add(Param::Embedding);
+    add(Param::Embedding)?;
     for layer in 0..config.layers {
         use LayerParam as P;
         for param in [P::AttentionNorm, P::Q, P::K, P::V, P::O, P::MlpNorm, P::Gate, P::Up, P::Down] {
-            add(Param::Layer(layer, param));
+            add(Param::Layer(layer, param))?;
         }
     }
-    add(Param::FinalNorm);
-    add(Param::LmHead);
-    *hasher.finalize().as_bytes()
+    add(Param::FinalNorm)?;
+    add(Param::LmHead)?;
+    Ok(*hasher.finalize().as_bytes())
 }

@@ -47,7 +47,10 @@ struct Case {
 impl Case {
     fn tensors(&self) -> Vec<RawTensor<'_>> {
         let Self { parts, cols, .. } = self;
-        parts.iter().map(|(dtype, rows, bytes)| RawTensor { dtype: *dtype, rows: *rows, cols: *cols, bytes }).collect()
+        parts
+            .iter()
+            .map(|(dtype, rows, bytes)| RawTensor { dtype: *dtype, rows: *rows, cols: *cols, bytes, stored: None })
+            .collect()
     }
 
     fn outs(&self) -> usize {

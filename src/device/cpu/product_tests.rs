@@ -82,7 +82,7 @@ impl Case {
             .parts
             .iter()
             .zip(&bytes)
-            .map(|(&(dtype, rows), bytes)| RawTensor { dtype, rows, cols, bytes })
+            .map(|(&(dtype, rows), bytes)| RawTensor { dtype, rows, cols, bytes, stored: None })
             .collect();
         let matrix = device.load_matrix(&parts).unwrap();
         let w: Vec<f32> = parts.iter().flat_map(reference::dequantize).collect();
@@ -182,7 +182,7 @@ fn embedding_rows_are_the_tables() {
     for dtype in DTYPES {
         let mut device = CpuDevice::new(options(Isa::Portable, 2, Math::Exact)).unwrap();
         let bytes = raw(dtype, 50, 256, 3);
-        let table = RawTensor { dtype, rows: 50, cols: 256, bytes: &bytes };
+        let table = RawTensor { dtype, rows: 50, cols: 256, bytes: &bytes, stored: None };
         let all = reference::dequantize(&table);
         let table = device.load_matrix(&[table]).unwrap();
         let tokens = [49, 0, 31, 32, 0];
@@ -205,7 +205,7 @@ fn embedding_rows_are_the_tables() {
 fn weights_that_contradict_themselves_are_refused() {
     let mut device = CpuDevice::new(options(Isa::Portable, 1, Math::Exact)).unwrap();
     let bytes = [0u8; 64];
-    let tensor = |rows, cols| RawTensor { dtype: DType::Bf16, rows, cols, bytes: &bytes };
+    let tensor = |rows, cols| RawTensor { dtype: DType::Bf16, rows, cols, bytes: &bytes, stored: None };
     assert!(device.load_matrix(&[tensor(4, 8)]).is_ok());
     assert!(device.load_matrix(&[tensor(4, 7)]).is_err());
     assert!(device.load_matrix(&[tensor(4, 8), tensor(8, 4)]).is_err());

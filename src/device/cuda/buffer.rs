@@ -83,12 +83,12 @@ impl Buffer {
 
 /// A norm's weights or a bias, f32.
 pub struct Vector {
-    memory: GpuMemory,
+    memory: Arc<GpuMemory>,
     len: usize,
 }
 
 impl Vector {
-    pub(super) fn new(memory: GpuMemory, len: usize) -> Self {
+    pub(super) fn new(memory: Arc<GpuMemory>, len: usize) -> Self {
         Self { memory, len }
     }
 
@@ -110,13 +110,13 @@ impl Vector {
 
 /// A linear layer's weights `[outs, ins]`, of the working precision.
 pub struct Matrix {
-    memory: GpuMemory,
+    memory: Arc<GpuMemory>,
     outs: usize,
     ins: usize,
 }
 
 impl Matrix {
-    pub(super) fn new(memory: GpuMemory, outs: usize, ins: usize) -> Self {
+    pub(super) fn new(memory: Arc<GpuMemory>, outs: usize, ins: usize) -> Self {
         Self { memory, outs, ins }
     }
 

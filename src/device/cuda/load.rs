@@ -3,52 +3,98 @@
 
 #![allow(unsafe_code)]
 
+use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cudarc::driver::result;
 
 use super::api;
-use super::driver::{Context, Event, Stream};
-use super::kernels::{Grid, Kernels};
+use super::driver::{Context, Event, Stream, failed};
+use super::kernels::{Grid, Kernel, Kernels};
 use super::memory::{GpuMemory, Pinned};
+use crate::device::disk::{How, Reader, Room};
 use crate::device::tensor::{DType, RawTensor};
 use crate::device::{DeviceError, Result};
 
-/// Bytes that go at once; a multiple of what every format stores together.
-const PIECE: usize = 32 << 20;
-/// Pieces under way at once.
-const PIECES: usize = 3;
-/// Threads that copy from a file's pages.
-const COPIERS: usize = 8;
+/// Page-locked memory that is read into, and as much of the GPU's.
+const ROOM: usize = 128 << 20;
+/// Bytes that go at once, at most. A few are on the bus or being converted while
+/// the rest of the room is being read.
+const PIECE: usize = 16 << 20;
 /// Elements that a block of the kernel converts at a time.
 const TILE: usize = 2048;
 
-struct Piece {
-    host: Pinned,
-    device: GpuMemory,
-    /// The device has done with both.
-    free: Event,
+/// Page-locked memory as a reader takes it.
+struct Staging {
+    _memory: Pinned,
+    pointer: *mut u8,
+    size: usize,
 }
 
-/// What loading needs; dropped when the weights are there.
+// SAFETY: it owns its memory.
+unsafe impl Send for Staging {}
+
+// SAFETY: page-locked memory stays where it is, begins on a page, and is nobody
+// else's.
+unsafe impl Room for Staging {
+    fn pointer(&self) -> *mut u8 {
+        self.pointer
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+}
+
+/// What becomes of a piece on the GPU.
+struct Conversion {
+    kernel: Kernel,
+    /// Held until the kernel has been launched, whatever becomes of the weights.
+    out: Arc<GpuMemory>,
+    /// Bytes of `out` before the piece's.
+    at: usize,
+    elements: usize,
+}
+
+/// Brings weights to the GPU, in order: what it was given to [`load`](Self::load)
+/// is read, copied and converted in the background, and there after
+/// [`finish`](Self::finish).
 pub struct Loader {
-    pieces: Vec<Piece>,
-    next: usize,
+    reader: Reader<Staging>,
+    device: GpuMemory,
+    /// Of the pieces that are being read, oldest first.
+    waiting: VecDeque<Conversion>,
+    /// Set when the GPU has done with a piece: of those that were read.
+    busy: VecDeque<Event>,
+    spare: Vec<Event>,
+    began: Instant,
+    /// Time spent waiting for reads, and for the GPU.
+    waited: (Duration, Duration),
 }
 
 impl Loader {
     /// Allocates its buffers.
     pub fn new(context: &Arc<Context>) -> Result<Self> {
-        let piece = || {
-            Ok(Piece {
-                host: Pinned::new(context, PIECE)?,
-                device: GpuMemory::new(context, PIECE, "loading weights")?,
-                free: Event::new(context, false)?,
-            })
-        };
-        Ok(Self { pieces: (0..PIECES).map(|_| piece()).collect::<Result<_>>()?, next: 0 })
+        let mut memory = Pinned::new(context, ROOM)?;
+        let pointer = memory.bytes_mut().as_mut_ptr();
+        let staging = Staging { _memory: memory, pointer, size: ROOM };
+        let reader = Reader::new(staging, How::default())
+            .map_err(|e| DeviceError::System(format!("starting threads that read weights: {e}")))?;
+        Ok(Self {
+            reader,
+            device: GpuMemory::new(context, ROOM, "loading weights")?,
+            waiting: VecDeque::new(),
+            busy: VecDeque::new(),
+            spare: Vec::new(),
+            began: Instant::now(),
+            waited: Default::default(),
+        })
     }
 
-    /// Writes the elements of `tensor` to `out` at element `at`, as `to` (`f32`,
-    /// `f16` or `bf16`, of `size` bytes), behind what the stream was given.
+    /// Begins to write the elements of `tensor` to `out` at element `at`, as `to`
+    /// (`f32`, `f16` or `bf16`, of `size` bytes), behind what the stream was given.
+    /// An error may be of a tensor before.
     pub fn load(
         &mut self,
         stream: &Stream,
@@ -56,7 +102,7 @@ impl Loader {
         tensor: &RawTensor<'_>,
         to: &str,
         size: usize,
-        out: &GpuMemory,
+        out: &Arc<GpuMemory>,
         at: usize,
     ) -> Result<()> {
         let elements = tensor.rows * tensor.cols;
@@ -71,29 +117,118 @@ impl Loader {
         }
         assert!((at + elements) * size <= out.len(), "a tensor beyond its matrix");
         let kernel = kernels.plain(&format!("convert_{}_{to}", name(dtype)), 0)?;
-        let step = PIECE / dtype.block_bytes() * dtype.block_len();
+        // Whole tiles, so that a piece's elements begin as well aligned as the first.
+        let step = PIECE / dtype.block_bytes() * dtype.block_len() / TILE * TILE;
         for first in (0..elements).step_by(step) {
             let count = step.min(elements - first);
             let bytes = |elements: usize| elements / dtype.block_len() * dtype.block_bytes();
-            let from = &tensor.bytes[bytes(first)..bytes(first + count)];
-            let piece = &mut self.pieces[self.next];
-            self.next = (self.next + 1) % PIECES;
-            piece.free.synchronize()?;
-            copy(from, piece.host.bytes_mut());
-            piece.device.upload(stream, 0, &piece.host, 0..from.len())?;
-            let arguments = api::Convert {
-                bytes: piece.device.address(),
-                out: out.address() + ((at + first) * size) as u64,
-                offset: 0,
-                elements: count as u64,
-            };
-            let grid = Grid::new(count.div_ceil(TILE).min(1 << 20), 256);
-            // SAFETY: the piece holds the bytes of `count` elements, and `out` has
-            // room for them, as checked above.
-            unsafe { kernel.launch(stream, grid, &arguments)? };
-            piece.free.record(stream)?;
+            let range = bytes(first)..bytes(first + count);
+            while !self.begin(tensor, range.clone())? {
+                self.make_room(stream)?;
+            }
+            let at = (at + first) * size;
+            self.waiting.push_back(Conversion { kernel, out: out.clone(), at, elements: count });
+            while self.launch(stream, false)? {}
         }
         Ok(())
+    }
+
+    /// Something is on its way that was not given to the stream yet.
+    pub fn is_busy(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Gives the stream all that is on its way.
+    pub fn settle(&mut self, stream: &Stream) -> Result<()> {
+        while self.launch(stream, true)? {}
+        Ok(())
+    }
+
+    /// Waits until all weights are on the GPU, and says how they came.
+    pub fn finish(mut self, stream: &Stream) -> Result<()> {
+        self.settle(stream)?;
+        stream.synchronize()?;
+        let seconds = self.began.elapsed().as_secs_f64();
+        let (sums, gb) = (self.reader.sums(), |bytes: u64| format!("{:.3} GB", bytes as f64 / 1e9));
+        tracing::info!(
+            "weights: {} in {seconds:.3} s, {:.2} GB/s: {} directly from the disk, {} out of the page cache, {} through \
+             it; waited {:.3} s for reads, {:.3} s for the GPU",
+            gb(sums.total()),
+            sums.total() as f64 / 1e9 / seconds,
+            gb(sums.direct),
+            gb(sums.cached),
+            gb(sums.through),
+            self.waited.0.as_secs_f64(),
+            self.waited.1.as_secs_f64()
+        );
+        Ok(())
+    }
+
+    fn begin(&mut self, tensor: &RawTensor<'_>, range: std::ops::Range<usize>) -> Result<bool> {
+        match tensor.stored {
+            Some(mut stored) => {
+                stored.offset += range.start as u64;
+                self.reader.begin(stored, range.len()).map_err(DeviceError::System)
+            }
+            None => Ok(self.reader.copy(&tensor.bytes[range])),
+        }
+    }
+
+    /// Gives the stream the next piece, once it has been read; false where there is
+    /// none, or, without `wait`, where it is not here yet.
+    fn launch(&mut self, stream: &Stream, wait: bool) -> Result<bool> {
+        let waiting = Instant::now();
+        let piece = self.reader.next(wait).map_err(DeviceError::System)?;
+        if wait {
+            self.waited.0 += waiting.elapsed();
+        }
+        let Some(piece) = piece else { return Ok(false) };
+        let Some(conversion) = self.waiting.pop_front() else { unreachable!("one for each piece") };
+        // On the GPU it begins where the kernel reads whole words, in the piece's own
+        // part of the memory.
+        let (at, bytes) = (piece.start / 256 * 256, self.reader.bytes(&piece));
+        let from = self.device.address() + at as u64;
+        // SAFETY: both ranges are inside their memory, of which the part is this
+        // piece's until its event has come by (`make_room`, `drop`).
+        unsafe { result::memcpy_htod_async(from, bytes, stream.raw()) }.map_err(|e| failed("a copy to the GPU", e))?;
+        let Conversion { kernel, out, at, elements } = conversion;
+        let arguments =
+            api::Convert { bytes: from, out: out.address() + at as u64, offset: 0, elements: elements as u64 };
+        let grid = Grid::new(elements.div_ceil(TILE).min(1 << 20), 256);
+        // SAFETY: the copy holds the bytes of so many elements, and `out` has room for
+        // them, as checked in `load`.
+        unsafe { kernel.launch(stream, grid, &arguments)? };
+        let event = match self.spare.pop() {
+            Some(event) => event,
+            None => Event::new(stream.context(), false)?,
+        };
+        event.record(stream)?;
+        self.busy.push_back(event);
+        Ok(true)
+    }
+
+    /// Gives the oldest piece's place back, when the GPU has done with it; before
+    /// that, if none is there, reads one to its end.
+    fn make_room(&mut self, stream: &Stream) -> Result<()> {
+        if self.busy.is_empty() {
+            return self.launch(stream, true).map(drop);
+        }
+        let waiting = Instant::now();
+        if let Some(event) = self.busy.pop_front() {
+            event.synchronize()?;
+            self.reader.give_back();
+            self.spare.push(event);
+        }
+        self.waited.1 += waiting.elapsed();
+        Ok(())
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        // The GPU reads from the memory until then. An error was or will be somebody's
+        // who waits for the stream.
+        self.busy.iter().for_each(|event| drop(event.synchronize()));
     }
 }
 
@@ -108,15 +243,4 @@ fn name(dtype: DType) -> &'static str {
         DType::Q4K => "q4_k",
         DType::Q6K => "q6_k",
     }
-}
-
-/// Copies with several threads: one alone does not keep up with the bus, nor do
-/// its page faults with the disk.
-fn copy(from: &[u8], to: &mut [u8]) {
-    let part = from.len().div_ceil(COPIERS).max(1 << 20);
-    std::thread::scope(|scope| {
-        for (from, to) in from.chunks(part).zip(to.chunks_mut(part)) {
-            scope.spawn(|| to[..from.len()].copy_from_slice(from));
-        }
-    });
 }

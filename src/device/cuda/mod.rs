@@ -185,16 +185,30 @@ impl CudaDevice {
     /// Copies rows from the host to the beginning of `x`: for tests and benches.
     pub fn upload(&mut self, x: &mut Buffer, values: &[f32]) -> Result<()> {
         self.context.bind()?;
+        self.settle()?;
         self.linears.flush(&self.stream)?;
         (x.counted, x.unscaled) = (Counted::Rows, None);
         self.rows.upload(&self.stream, x, values)
     }
 
-    /// Weights are loaded: what that needed is given back.
+    /// Waits until all weights are there; what loading needed is given back.
     pub fn loaded(&mut self) -> Result<()> {
-        self.stream.synchronize()?;
-        self.loader = None;
-        Ok(())
+        self.context.bind()?;
+        match self.loader.take() {
+            Some(loader) => loader.finish(&self.stream),
+            None => self.stream.synchronize(),
+        }
+    }
+
+    /// Weights come in the background: gives the stream all that is on its way, so
+    /// that what it is given next finds them. For whatever reads weights.
+    fn settle(&mut self) -> Result<()> {
+        let Some(loader) = self.loader.as_mut().filter(|loader| loader.is_busy()) else { return Ok(()) };
+        let settled = loader.settle(&self.stream);
+        if settled.is_err() {
+            self.loader = None;
+        }
+        settled
     }
 
     /// Address of the number of rows of a buffer in use.
@@ -244,17 +258,29 @@ impl CudaDevice {
         Ok(base + pool.offset(layer, 0) as u64)
     }
 
-    fn load_parts(&mut self, parts: &[RawTensor<'_>], to: &str, size: usize, what: &str) -> Result<(GpuMemory, usize)> {
+    /// Begins to load `parts`, one behind the other; elements of all. They are there
+    /// for whatever comes after [`settle`](Self::settle).
+    fn load_parts(
+        &mut self,
+        parts: &[RawTensor<'_>],
+        to: &str,
+        size: usize,
+        what: &str,
+    ) -> Result<(Arc<GpuMemory>, usize)> {
         self.context.bind()?;
         if self.loader.is_none() {
             self.loader = Some(Loader::new(&self.context)?);
         }
         let Self { loader: Some(loader), kernels, stream, context, .. } = self else { unreachable!("made above") };
         let elements = parts.iter().map(|p| p.rows * p.cols).sum::<usize>();
-        let memory = GpuMemory::new(context, elements * size, what)?;
+        let memory = Arc::new(GpuMemory::new(context, elements * size, what)?);
         let mut at = 0;
         for part in parts {
-            loader.load(stream, kernels, part, to, size, &memory, at)?;
+            if let Err(error) = loader.load(stream, kernels, part, to, size, &memory, at) {
+                // What was loaded so far lacks something: nobody may go on with it.
+                self.loader = None;
+                return Err(error);
+            }
             at += part.rows * part.cols;
         }
         Ok((memory, elements))
@@ -308,6 +334,7 @@ impl Device for CudaDevice {
 
     fn begin_step(&mut self, rope: &Rope, step: &StepInput<'_>, pool: &KvPool, local: bool) -> Result<Pass> {
         self.context.bind()?;
+        self.settle()?;
         self.failed = None;
         self.attention.begin();
         let moved = self.step.reserve(step.runs.len(), &self.stream)?;

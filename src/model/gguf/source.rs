@@ -60,7 +60,7 @@ impl GgufWeights {
 
 impl WeightSource for GgufWeights {
     fn get(&self, param: Param) -> Option<RawTensor<'_>> {
-        self.tensors.get(&param)?.of(self.mapping.bytes())
+        self.tensors.get(&param)?.of(&self.mapping)
     }
 
     fn release(&self, param: Param) {

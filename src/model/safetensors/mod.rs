@@ -83,7 +83,7 @@ impl SafetensorsWeights {
 impl WeightSource for SafetensorsWeights {
     fn get(&self, param: Param) -> Option<RawTensor<'_>> {
         let (file, extent) = self.tensors.get(&param)?;
-        extent.of(self.files.get(*file)?.bytes())
+        extent.of(self.files.get(*file)?)
     }
 
     fn release(&self, param: Param) {
