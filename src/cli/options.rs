@@ -96,7 +96,8 @@ pub struct EngineOptions {
     /// Precision of activations inside matrix products.
     #[arg(long, env = "DISTKV_MATH", value_enum, default_value_t)]
     pub math: MathArg,
-    /// Element type of keys and values.
+    /// Element type of keys and values. A GPU computes in it, and keeps its weights
+    /// in it: bf16 or f16; files of another type are converted as they are loaded.
     #[arg(long, env = "DISTKV_KV_DTYPE", value_enum, default_value_t)]
     pub kv_dtype: KvDtypeArg,
     /// Tokens an rBlock, 16 to 256.

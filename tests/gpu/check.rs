@@ -38,6 +38,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("choices", kernels::choices),
     ("goldens", goldens::all_local),
     ("borrowed", goldens::most_elsewhere),
+    ("f16", goldens::half_precision),
     ("repeat", goldens::repeats),
     ("smollm2", goldens::smollm2_answers),
     ("dmabuf", export::memory_for_a_nic),

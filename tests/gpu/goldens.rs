@@ -11,15 +11,51 @@ use crate::cluster::{Setup, prompt, tokens};
 use crate::golden::GoldenModel;
 use crate::smollm2;
 
-/// Largest difference of logits between the devices, as a share of their spread,
-/// and their distance as a share of their length, at one position and on average:
-/// activations are bf16 on one and f32 on the other, rows of 64 elements average
-/// little of that out, and these models' attention is made selective, which
-/// multiplies it. transformers in bf16 is as far from itself in f32
+/// How far logits of the two devices may be apart.
+#[derive(Clone, Copy)]
+struct Limits {
+    /// Largest difference at one position, as a share of their spread.
+    apart: f32,
+    /// Their distance as a share of their length, at one position.
+    distance: f32,
+    /// And on average.
+    mean: f32,
+}
+
+/// Activations are bf16 on one device and f32 on the other, rows of 64 elements
+/// average little of that out, and these models' attention is made selective,
+/// which multiplies it. transformers in bf16 is as far from itself in f32
 /// (`scripts/gpu-peers.py`): 0.012 to 0.054 on average, 0.41 at the worst.
-const TOLERANCE: f32 = 0.15;
-const DISTANCE: f32 = 0.3;
-const MEAN: f32 = 0.055;
+const BF16: Limits = Limits { apart: 0.15, distance: 0.3, mean: 0.055 };
+/// f16 has three bits more.
+const F16: Limits = Limits { apart: 0.075, distance: 0.15, mean: 0.014 };
+
+/// Element types of the weights' files and of the KV, in which the GPU computes.
+#[derive(Clone, Copy, Debug)]
+struct Types {
+    weights: DType,
+    kv: KvDtype,
+}
+
+const ALL_BF16: Types = Types { weights: DType::Bf16, kv: KvDtype::Bf16 };
+const ALL_F16: Types = Types { weights: DType::F16, kv: KvDtype::F16 };
+
+impl Types {
+    /// The weights' type that holds what the GPU's hold after they were converted
+    /// (bf16 to f16 changes none of these models' weights).
+    fn held(self) -> Self {
+        let weights = match (self.weights, self.kv) {
+            (DType::Bf16, _) | (_, KvDtype::Bf16) => DType::Bf16,
+            (_, KvDtype::F16) => DType::F16,
+            (weights, KvDtype::F32) => weights,
+        };
+        Self { weights, ..self }
+    }
+
+    fn limits(self) -> Limits {
+        if self.kv == KvDtype::F16 { F16 } else { BF16 }
+    }
+}
 
 /// Tokens and logits (by position) of one run.
 struct Run {
@@ -27,10 +63,10 @@ struct Run {
     logits: Vec<(usize, Vec<f32>)>,
 }
 
-fn run(device: DeviceName, model: &GoldenModel, nodes: &[usize]) -> Run {
+fn run(device: DeviceName, model: &GoldenModel, types: Types, nodes: &[usize]) -> Run {
     let dir = tempfile::tempdir().expect("a folder");
-    let files = model.open(dir.path(), DType::Bf16);
-    let mut setup = Setup::new(FabricChoice::Shm, KvDtype::Bf16, nodes);
+    let files = model.open(dir.path(), types.weights);
+    let mut setup = Setup::new(FabricChoice::Shm, types.kv, nodes);
     (setup.device, setup.chunk) = (device, 48);
     let cluster = setup.start(&files);
     let tokens = tokens(cluster.submit(model.prompt.clone(), model.greedy.len(), true));
@@ -52,9 +88,10 @@ fn lead(logits: &[f32]) -> f32 {
     (sorted[0] - sorted[1]) / spread(logits)
 }
 
-fn compare(settings: &Settings, model: &GoldenModel, nodes: &[usize]) -> Result<f32, String> {
-    let cpu = run(DeviceName::Cpu, model, &[256]);
-    let gpu = run(settings.device, model, nodes);
+fn compare(settings: &Settings, model: &GoldenModel, types: Types, nodes: &[usize]) -> Result<f32, String> {
+    let cpu = run(DeviceName::Cpu, model, types.held(), &[256]);
+    let gpu = run(settings.device, model, types, nodes);
+    let limits = types.limits();
     let (mut worst, mut sum, mut count) = (0f32, 0f32, 0f32);
     for (position, ours) in &gpu.logits {
         let end = model.prompt.len();
@@ -69,20 +106,20 @@ fn compare(settings: &Settings, model: &GoldenModel, nodes: &[usize]) -> Result<
         let difference: f64 = ours.iter().zip(theirs).map(|(a, b)| square(a - b)).sum();
         let distance = (difference / theirs.iter().copied().map(square).sum::<f64>()).sqrt() as f32;
         // NaN must not pass for small.
-        let close = apart <= TOLERANCE && distance <= DISTANCE;
+        let close = apart <= limits.apart && distance <= limits.distance;
         if !close {
             return Err(format!(
-                "{} on {nodes:?}: logits at position {position} differ by {apart} of their spread, {distance} of their length",
+                "{} ({types:?}) on {nodes:?}: logits at position {position} differ by {apart} of their spread, {distance} of their length",
                 model.name
             ));
         }
         worst = worst.max(apart);
         (sum, count) = (sum + distance, count + 1.0);
     }
-    let close = sum <= MEAN * count;
+    let close = sum <= limits.mean * count;
     if !close {
         return Err(format!(
-            "{} on {nodes:?}: logits differ by {} of their length on average",
+            "{} ({types:?}) on {nodes:?}: logits differ by {} of their length on average",
             model.name,
             sum / count
         ));
@@ -100,11 +137,11 @@ fn compare(settings: &Settings, model: &GoldenModel, nodes: &[usize]) -> Result<
     Ok(worst)
 }
 
-fn compare_all(settings: &Settings, nodes: &[usize]) -> Result<String, String> {
+fn compare_all(settings: &Settings, types: Types, nodes: &[usize]) -> Result<String, String> {
     let models = GoldenModel::all();
     let mut worst = (0.0, String::new());
     for model in &models {
-        let found = compare(settings, model, nodes)?;
+        let found = compare(settings, model, types, nodes)?;
         if found >= worst.0 {
             worst = (found, model.name.clone());
         }
@@ -119,12 +156,33 @@ fn compare_all(settings: &Settings, nodes: &[usize]) -> Result<String, String> {
 
 /// Every family and option.
 pub fn all_local(settings: &Settings) -> Result<String, String> {
-    compare_all(settings, &[256])
+    compare_all(settings, ALL_BF16, &[256])
 }
 
 /// With most of the KV in the memory of lenders, which compute on the CPU.
 pub fn most_elsewhere(settings: &Settings) -> Result<String, String> {
-    compare_all(settings, &[64, 64, 128])
+    compare_all(settings, ALL_BF16, &[64, 64, 128])
+}
+
+/// Weights and KV in f16, all models; then some with files of the other type, which
+/// are converted, and with most of the KV elsewhere.
+pub fn half_precision(settings: &Settings) -> Result<String, String> {
+    let found = compare_all(settings, ALL_F16, &[256])?;
+    let models = GoldenModel::all();
+    let mut worst = 0f32;
+    for name in ["llama3-scaled-tied", "qwen3"] {
+        let model = models.iter().find(|m| m.name == name).ok_or_else(|| format!("the golden {name} is missing"))?;
+        let converted = [
+            Types { weights: DType::F16, kv: KvDtype::Bf16 },
+            Types { weights: DType::Bf16, kv: KvDtype::F16 },
+            Types { weights: DType::F32, kv: KvDtype::F16 },
+        ];
+        for types in converted {
+            worst = worst.max(compare(settings, model, types, &[256])?);
+        }
+        worst = worst.max(compare(settings, model, ALL_F16, &[64, 64, 128])?);
+    }
+    Ok(format!("f16: {found}; two of them with other types and elsewhere by {worst:.4}"))
 }
 
 /// The same request twice, alone and among others: the same tokens, the same
@@ -132,8 +190,8 @@ pub fn most_elsewhere(settings: &Settings) -> Result<String, String> {
 pub fn repeats(settings: &Settings) -> Result<String, String> {
     let models = GoldenModel::all();
     let model = models.iter().find(|m| m.name == "qwen3").ok_or("the golden qwen3 is missing")?;
-    let first = run(settings.device, model, &[256]);
-    let second = run(settings.device, model, &[256]);
+    let first = run(settings.device, model, ALL_BF16, &[256]);
+    let second = run(settings.device, model, ALL_BF16, &[256]);
     if first.tokens != second.tokens {
         return Err("two runs gave different tokens".into());
     }

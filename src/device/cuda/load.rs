@@ -71,6 +71,8 @@ pub struct Loader {
     began: Instant,
     /// Time spent waiting for reads, and for the GPU.
     waited: (Duration, Duration),
+    /// Types between which something is lost, from and to.
+    rounded: Option<(DType, &'static str)>,
 }
 
 impl Loader {
@@ -89,6 +91,7 @@ impl Loader {
             spare: Vec::new(),
             began: Instant::now(),
             waited: Default::default(),
+            rounded: None,
         })
     }
 
@@ -116,6 +119,7 @@ impl Loader {
             )));
         }
         assert!((at + elements) * size <= out.len(), "a tensor beyond its matrix");
+        self.rounded = self.rounded.or(loses(dtype, to));
         let kernel = kernels.plain(&format!("convert_{}_{to}", name(dtype)), 0)?;
         // Whole tiles, so that a piece's elements begin as well aligned as the first.
         let step = PIECE / dtype.block_bytes() * dtype.block_len() / TILE * TILE;
@@ -161,6 +165,9 @@ impl Loader {
             self.waited.0.as_secs_f64(),
             self.waited.1.as_secs_f64()
         );
+        if let Some((from, to)) = self.rounded {
+            tracing::info!("weights of {from} were converted to {to}, as the KV is: --kv-dtype {from} keeps them");
+        }
         Ok(())
     }
 
@@ -229,6 +236,16 @@ impl Drop for Loader {
         // The GPU reads from the memory until then. An error was or will be somebody's
         // who waits for the stream.
         self.busy.iter().for_each(|event| drop(event.synchronize()));
+    }
+}
+
+/// A conversion between the types of 16 bits: from f16 to bf16 bits are lost, the
+/// other way what is over 65504 or very small.
+fn loses(from: DType, to: &str) -> Option<(DType, &'static str)> {
+    match (from, to) {
+        (DType::F16, "bf16") => Some((from, "bf16")),
+        (DType::Bf16, "f16") => Some((from, "f16")),
+        _ => None,
     }
 }
 
