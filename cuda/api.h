@@ -76,6 +76,21 @@ struct Prefill {
     uint32_t block_tokens; // tokens a block, a multiple of 16
     uint32_t window;       // a row sees its last `window` positions; 0: all before it
     float scale;           // on the scores, > 0
+    uint32_t gathered;     // sm_90: pages lie one after another from this one on; NOT_GATHERED: by their block
+    uint32_t reserved;     // 0
+};
+constexpr uint32_t NOT_GATHERED = 0xffffffff;
+
+// Kernel `widen_pages_<T>`: e4m3 keys and values of sequences that are prefilled.
+struct WidenPages {
+    const void *kv;          // e4m3, the layer's pool
+    void *out;               // T [pages, 2, kv_heads, block_tokens, head_dim]
+    const Seq *seqs;         // [gridDim.y]
+    const Page *pages;       // all pages of the sequences
+    uint32_t first;          // page that goes to the beginning of `out`
+    uint32_t group;          // query heads a KV head
+    uint32_t block_elements; // of a block's layer, a multiple of 16
+    uint32_t reserved;       // 0
 };
 
 // Kernel `read_sweep`: reads, and writes one number if their sum is

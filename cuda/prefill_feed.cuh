@@ -107,7 +107,8 @@ template <uint32_t D> struct Boxes {
             const uint32_t offset = slot - page * p.block_tokens;
             if (page < pair.seq.pages) {
                 const Page at = p.pages[pair.seq.page + page];
-                box.row = (at.block * 2 * p.kv_heads + pair.head) * p.block_tokens + offset;
+                const uint32_t block = p.gathered == NOT_GATHERED ? at.block : pair.seq.page + page - p.gathered;
+                box.row = (block * 2 * p.kv_heads + pair.head) * p.block_tokens + offset;
                 box.position = at.position + offset;
                 box.keys = at.tokens > offset ? min(at.tokens - offset, keys) : 0;
             }

@@ -39,6 +39,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("goldens", goldens::all_local),
     ("borrowed", goldens::most_elsewhere),
     ("f16", goldens::half_precision),
+    ("fp8_kv", goldens::fp8_kv),
     ("repeat", goldens::repeats),
     ("smollm2", goldens::smollm2_answers),
     ("dmabuf", export::memory_for_a_nic),

@@ -46,8 +46,8 @@ pub fn memory_for_a_nic(settings: &Settings) -> Result<String, String> {
     let stat = rustix::fs::fstat(&dmabuf.file).map_err(|e| format!("fstat: {e}"))?;
     let link = format!("/proc/self/fd/{}", dmabuf.file.as_raw_fd());
     let name = std::fs::read_link(link).map_err(|e| format!("readlink: {e}"))?;
-    let wanted = memory.len().next_multiple_of(page);
-    if (size as usize, dmabuf.len, dmabuf.offset) != (wanted, wanted, 0) {
+    let whole = dmabuf.len >= memory.len() && dmabuf.len.is_multiple_of(page) && dmabuf.offset == 0;
+    if !whole || size as usize != dmabuf.len {
         return Err(format!(
             "{} bytes of pool: a file of {size}, of which {} from {}",
             memory.len(),

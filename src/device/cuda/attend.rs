@@ -17,6 +17,7 @@ use super::element::Element;
 use super::kernels::{Grid, Kernel, Kernels, Swizzle, Tensor, TensorMap};
 use super::memory::GpuMemory;
 use super::step::{Addresses, Taken};
+use super::widen::Widened;
 use crate::device::{AttentionShape, DeviceError, Result};
 use crate::kv::pool::KvPool;
 use crate::kv::rblock::{KvDtype, KvShape};
@@ -69,6 +70,8 @@ struct Tiled {
     prefill: Kernel,
     /// Likewise, a layer each.
     prefill_maps: Vec<TensorMap>,
+    /// Where keys are widened before the products.
+    widened: Option<Widened>,
     prefill_grid: Grid,
     tile_rows: u32,
     tile_keys: u32,
@@ -206,34 +209,29 @@ impl Attention {
         let decode =
             kernels.typed(&format!("attention_decode_d{d}{of_pool}"), unit.shared(slots, d as u32, element as u32))?;
         let rows = 2 * u64::from(pool.blocks()) * shape.kv_heads as u64 * u64::from(pool.shape().block_tokens);
-        let row_bytes = (d * self.element.size()) as u64;
         let decode_map = match hopper {
             true => Some(self.decode_map(stream, shape, pool, address, rows, unit)?),
             false => None,
         };
-        let mut prefill_maps = Vec::new();
-        // Hopper's matrix unit takes keys from shared memory as they are, so that
-        // what has to be widened is left to the other kernel.
-        let (prefill, grid, tile_rows, tile_keys) = if hopper && element == self.element.size() {
-            let keys = if d == 256 { 64 } else { 128 };
+        let sm90 = |kernels: &Kernels| {
             let (columns, queries) = (d.div_ceil(64) as u32, if d == 256 { 1 } else { 2 });
-            let kernel = kernels
-                .typed(&format!("attention_prefill_sm90_d{d}"), columns * 128 * (queries * 128 + 4 * keys) + 1024)?;
-            let tokens = pool.shape().block_tokens;
-            let piece = (tokens & tokens.wrapping_neg()).min(keys);
-            for layer in 0..pool.shape().layers as usize {
-                let wide = if d.is_multiple_of(64) { (64, d as u64 / 64) } else { (d as u64, 1) };
-                let tensor = Tensor {
-                    address: address + pool.offset(layer, 0) as u64,
-                    dims: &[wide.0, 8, wide.1, rows / 8],
-                    strides: &[row_bytes, 128, 8 * row_bytes],
-                    piece: &[64, 8, wide.1 as u32, piece / 8],
-                    swizzle: Swizzle::Bytes128,
-                    promotion: 256,
-                };
-                prefill_maps.push(TensorMap::new(self.element, &tensor)?);
-            }
-            (kernel, Grid::new(blocks as usize, 384), 128, keys)
+            let shared = columns * 128 * (queries * 128 + 4 * sm90_keys(d)) + 1024;
+            kernels.typed(&format!("attention_prefill_sm90_d{d}"), shared)
+        };
+        let sm90_map = |address: u64, blocks: u64| {
+            let rows = 2 * blocks * shape.kv_heads as u64 * u64::from(pool.shape().block_tokens);
+            self.prefill_map(d, pool.shape().block_tokens, address, rows)
+        };
+        let hopper_takes = hopper && element == self.element.size();
+        let widened = match hopper && !hopper_takes {
+            true => Some(Widened::new(&self.context, kernels, sm90(kernels)?, pool.shape(), sm90_map)?),
+            false => None,
+        };
+        let layers = 0..if hopper_takes { pool.shape().layers as usize } else { 0 };
+        let layer = |layer| sm90_map(address + pool.offset(layer, 0) as u64, u64::from(pool.blocks()));
+        let prefill_maps = layers.map(layer).collect::<Result<Vec<_>>>()?;
+        let (prefill, grid, tile_rows, tile_keys) = if hopper_takes {
+            (sm90(kernels)?, self.sm90_grid(), SM90_ROWS, sm90_keys(d))
         } else {
             let keys = if d == 256 { 32 } else { 64 };
             let pitch = (d as u32 * element as u32 / 16 | 1) * 16;
@@ -252,11 +250,32 @@ impl Attention {
             decode_map,
             prefill,
             prefill_maps,
+            widened,
             prefill_grid: grid,
             tile_rows,
             tile_keys,
             parts,
         })
+    }
+
+    /// A layer's pool as Hopper's prefill kernel has it brought.
+    fn prefill_map(&self, d: usize, block_tokens: u32, address: u64, rows: u64) -> Result<TensorMap> {
+        let row_bytes = (d * self.element.size()) as u64;
+        let piece = (block_tokens & block_tokens.wrapping_neg()).min(sm90_keys(d));
+        let wide = if d.is_multiple_of(64) { (64, d as u64 / 64) } else { (d as u64, 1) };
+        let tensor = Tensor {
+            address,
+            dims: &[wide.0, 8, wide.1, rows / 8],
+            strides: &[row_bytes, 128, 8 * row_bytes],
+            piece: &[64, 8, wide.1 as u32, piece / 8],
+            swizzle: Swizzle::Bytes128,
+            promotion: 256,
+        };
+        TensorMap::new(self.element, &tensor)
+    }
+
+    fn sm90_grid(&self) -> Grid {
+        Grid::new(self.blocks(), 384)
     }
 
     fn decode_map(
@@ -392,9 +411,13 @@ impl Attention {
             }
         }
         if prefills {
+            let widened = tiled.widened(taken);
+            if let Some(widened) = widened {
+                widened.run(stream, at, taken, &shape, &kv_shape, kv)?;
+            }
             let arguments = api::Prefill {
                 q: qkv.address(),
-                kv,
+                kv: widened.map_or(kv, Widened::address),
                 o: o.address(),
                 lse: lse.address(),
                 seqs: at.seqs,
@@ -406,14 +429,19 @@ impl Attention {
                 block_tokens: kv_shape.block_tokens,
                 window,
                 scale: shape.scale,
+                gathered: widened.map_or(api::NOT_GATHERED, |_| taken.long_pages.0 as u32),
+                reserved: 0,
             };
             // SAFETY: as above.
             unsafe {
-                match tiled.prefill_maps.get(layer) {
-                    Some(map) => {
+                match (widened, tiled.prefill_maps.get(layer)) {
+                    (Some(Widened { prefill, map, .. }), _) => {
+                        prefill.launch_with_map(stream, self.sm90_grid(), &arguments, map, false)?;
+                    }
+                    (None, Some(map)) => {
                         tiled.prefill.launch_with_map(stream, tiled.prefill_grid, &arguments, map, false)?;
                     }
-                    None => tiled.prefill.launch(stream, tiled.prefill_grid, &arguments)?,
+                    (None, None) => tiled.prefill.launch(stream, tiled.prefill_grid, &arguments)?,
                 }
             }
         }
@@ -474,6 +502,10 @@ impl Attention {
             unsafe { self.decode_plan.launch(stream, Grid::new(1, 1024), &arguments)? };
         }
         if prefills {
+            let (tile_rows, tile_keys) = match tiled.widened(taken) {
+                Some(_) => (SM90_ROWS, sm90_keys(shape.head_dim)),
+                None => (tiled.tile_rows, tiled.tile_keys),
+            };
             let arguments = api::PrefillPlan {
                 step: at.step,
                 seqs: at.seqs,
@@ -485,14 +517,27 @@ impl Attention {
                 head_dim: shape.head_dim as u32,
                 block_tokens: kv.block_tokens,
                 window,
-                tile_rows: tiled.tile_rows,
-                tile_keys: tiled.tile_keys,
+                tile_rows,
+                tile_keys,
             };
             // SAFETY: as above.
             unsafe { self.prefill_plan.launch(stream, Grid::new(1, 1024), &arguments)? };
         }
         Ok((index, true))
     }
+}
+
+impl Tiled {
+    /// Where the step's longer sequences are widened, if they are.
+    fn widened(&self, taken: &Taken) -> Option<&Widened> {
+        self.widened.as_ref().filter(|widened| widened.holds(taken))
+    }
+}
+
+/// Rows and keys of a tile of Hopper's prefill kernel (`cuda/prefill_feed.cuh`).
+const SM90_ROWS: u32 = 128;
+const fn sm90_keys(head_dim: usize) -> u32 {
+    if head_dim > 128 { 64 } else { 128 }
 }
 
 /// What the names of kernels for a pool say of its element, where it is not the

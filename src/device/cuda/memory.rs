@@ -135,10 +135,14 @@ impl Drop for GpuMemory {
     }
 }
 
+/// The GPU's large pages: what takes whole ones begins at one, while less shares one
+/// with others (seen on an H200) and would begin anywhere in a page of the host.
+const WHOLE: usize = 2 << 20;
+
 /// KV of a pool. Copies to and from it are behind everything given to the
 /// device's stream, and are done when they return.
 pub struct KvMemory {
-    /// Whole pages of the host, so that all of it can be exported.
+    /// Whole pages of the GPU's, so that all of it can be exported.
     memory: GpuMemory,
     len: usize,
     stream: Arc<Stream>,
@@ -147,7 +151,7 @@ pub struct KvMemory {
 impl KvMemory {
     /// Allocates `len` bytes.
     pub fn new(stream: &Arc<Stream>, len: usize) -> Result<Self> {
-        let whole = len.max(1).next_multiple_of(rustix::param::page_size());
+        let whole = len.max(1).next_multiple_of(WHOLE);
         Ok(Self { memory: GpuMemory::new(stream.context(), whole, "the KV pool")?, len, stream: stream.clone() })
     }
 

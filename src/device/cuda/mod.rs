@@ -25,6 +25,7 @@ mod load;
 mod memory;
 mod rows;
 mod step;
+mod widen;
 
 use std::collections::BTreeMap;
 use std::ops::Range;

@@ -79,6 +79,8 @@ pub struct Taken {
     pub fewest: usize,
     /// Rows of the sequence that has the most.
     pub most: usize,
+    /// Where the pages of sequences of more than one row begin and end.
+    pub long_pages: (usize, usize),
     /// Every sequence has one row, and one row of logits.
     pub plain_decode: bool,
 }
@@ -204,6 +206,12 @@ fn check(step: &StepInput<'_>, most: &Capacity, blocks: u32) -> Result<Taken> {
         let rows = seq.rows as usize;
         taken.fewest = if taken.fewest == 0 { rows } else { taken.fewest.min(rows) };
         taken.most = taken.most.max(rows);
+        if rows > 1 && seq.runs > 0 {
+            let (first, end) = taken.long_pages;
+            let begin = seq.run as usize;
+            let first = if end == 0 { begin } else { first.min(begin) };
+            taken.long_pages = (first, end.max(begin + seq.runs as usize));
+        }
     }
     if row != rows {
         return bad(format!("sequences of {row} rows, of {rows}"));
