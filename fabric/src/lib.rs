@@ -21,6 +21,7 @@ mod gpu;
 mod key;
 pub mod loopback;
 mod memory;
+mod pages;
 mod peers;
 mod regions;
 pub mod secure;
@@ -36,6 +37,7 @@ use std::time::Duration;
 pub use error::{Error, Result};
 pub use gpu::{Dmabuf, GpuRange};
 pub use memory::Memory;
+pub use pages::Pages;
 pub use stats::Stats;
 
 /// Largest payload of [`Transport::send`] and of a connection's hello, bytes.

@@ -154,6 +154,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         listener.local_addr()?,
         node.control_address()
     );
+    for node in [Some(&node), host_tier.as_ref()].into_iter().flatten() {
+        if let Some(pages) = node.pages() {
+            eprintln!("distkv: KV memory of {} on {pages}", node.instance());
+        }
+    }
     let drain = node.drainer();
     let wanted = args.min_members.max(rank.as_ref().map_or(0, |r| r.size as usize - 1));
     let wanted = wanted + usize::from(host_tier.is_some());

@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
+use distkv_fabric::Memory;
+
 use super::message::{BlockRange, MAX_RANGES, Refusal};
 use super::row::Debt;
 use crate::kv::pool::KvPool;
@@ -23,8 +25,13 @@ pub enum PoolSource {
         /// debtor.
         prefix: Option<Arc<Mutex<PrefixCache>>>,
     },
-    /// Memory of a lender without a model: cut to the first debtor's shape, and
-    /// anew for another shape once nothing is lent.
+    /// So many bytes of memory of a lender without a model: cut to the first
+    /// debtor's shape, and anew for another shape once nothing is lent. Bytes
+    /// that one left are never read by the next: a block is read as far as its
+    /// debtor has filled it.
+    Memory(Arc<Memory>, usize),
+    /// As `Memory`, allocated when it is cut: where no transport and no kernel will
+    /// touch it.
     Bytes(usize),
     /// Nothing is lent.
     Nothing,
@@ -201,7 +208,9 @@ impl RManager {
     /// Bytes that could be cut to any shape and lent.
     pub fn shapeable_bytes(&self) -> u64 {
         match self.source {
-            PoolSource::Bytes(bytes) if self.loans.is_empty() => (bytes as f64 * self.lend) as u64,
+            PoolSource::Bytes(bytes) | PoolSource::Memory(_, bytes) if self.loans.is_empty() => {
+                (bytes as f64 * self.lend) as u64
+            }
             _ => 0,
         }
     }
@@ -338,11 +347,12 @@ impl RManager {
         if let Some(pool) = current.as_ref().filter(|pool| pool.shape() == shape) {
             return Ok(pool.clone());
         }
-        let bytes = match self.source {
+        let (memory, bytes) = match &self.source {
             PoolSource::Pool { .. } => return Err(Refusal::Shape),
             PoolSource::Nothing => return Err(Refusal::NotLending),
-            PoolSource::Bytes(_) if !self.loans.is_empty() => return Err(Refusal::Shape),
-            PoolSource::Bytes(bytes) => bytes,
+            _ if !self.loans.is_empty() => return Err(Refusal::Shape),
+            PoolSource::Memory(memory, bytes) => (Some(memory.clone()), *bytes),
+            PoolSource::Bytes(bytes) => (None, *bytes),
         };
         let block = shape.block_bytes();
         if block == 0 || bytes / block == 0 {
@@ -352,7 +362,10 @@ impl RManager {
         self.shared.set_current(None);
         drop(current);
         let blocks = u32::try_from(bytes / block).unwrap_or(u32::MAX - 1);
-        let pool = Arc::new(KvPool::new(*shape, blocks).map_err(|_| Refusal::NoRoom)?);
+        let pool = match memory {
+            Some(memory) => Arc::new(KvPool::within(*shape, blocks, memory)),
+            None => Arc::new(KvPool::new(*shape, blocks).map_err(|_| Refusal::NoRoom)?),
+        };
         self.epoch = self.epoch.wrapping_add(1);
         self.shared.set_current(Some(pool.clone()));
         Ok(pool)

@@ -48,8 +48,17 @@ pub struct KvPool {
 impl KvPool {
     /// Allocates `blocks` rBlocks of `shape`, all free.
     pub fn new(shape: KvShape, blocks: u32) -> distkv_fabric::Result<Self> {
-        let memory = Memory::new(shape.block_bytes() * blocks as usize)?;
-        Ok(Self { shape, blocks, store: Store::Host(memory), table: RBlockTable::new(blocks) })
+        Ok(Self::within(shape, blocks, Memory::new(shape.block_bytes() * blocks as usize)?))
+    }
+
+    /// `blocks` rBlocks of `shape` in memory that is there already, all free.
+    ///
+    /// # Panics
+    ///
+    /// Where they have no room in it.
+    pub fn within(shape: KvShape, blocks: u32, memory: Arc<Memory>) -> Self {
+        assert!(shape.block_bytes() * blocks as usize <= memory.len(), "a pool larger than its memory");
+        Self { shape, blocks, store: Store::Host(memory), table: RBlockTable::new(blocks) }
     }
 
     /// As many rBlocks of `shape` as `memory` holds, all free.

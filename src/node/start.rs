@@ -11,7 +11,7 @@ use distkv_fabric::secure::Security;
 use distkv_fabric::select::Options;
 use distkv_fabric::tcp::{TcpConfig, TcpTransport};
 use distkv_fabric::verbs::device::VerbsConfig;
-use distkv_fabric::{Transport, Waker};
+use distkv_fabric::{Memory, Pages, Transport, Waker};
 
 use super::control_loop::{ClusterView, ControlLoop, NodeCommand, NodeLink};
 use super::datagrams::Datagrams;
@@ -186,6 +186,7 @@ pub struct Node {
     wakers: Vec<Waker>,
     threads: Vec<JoinHandle<()>>,
     describe: String,
+    pages: Option<Pages>,
     model: Option<[u8; 32]>,
     peer_key: [u8; KEY_BYTES],
 }
@@ -220,6 +221,7 @@ impl Node {
             &mut model.progress,
         )?;
         let pool = Arc::new(device.pool(shape, model.kv_bytes)?);
+        let pages = pool.on_host().map(|memory| memory.pages().clone());
         let prefix = Arc::new(Mutex::new(PrefixCache::new(&fingerprint, model.block_tokens)));
         let source = PoolSource::Pool { pool: pool.clone(), prefix: Some(prefix.clone()) };
         // A GPU's memory is not lent: no debtor's write reaches it. What such a
@@ -269,14 +271,18 @@ impl Node {
             tap: model.tap,
         };
         let running = Engine::start(engine_config, parts, inbox)?;
-        assembly.finish(config, Some(running), Some(pool), exchange, describe)
+        Ok(Self { pages, ..assembly.finish(config, Some(running), Some(pool), exchange, describe)? })
     }
 
     /// Starts a node that only lends `bytes` of memory.
     pub fn lender(config: &NodeConfig, bytes: usize) -> Result<Self, NodeError> {
-        let assembly = Assembly::new(config, PoolSource::Bytes(bytes), Role::Lender)?;
+        // Here, not when the first debtor comes: a large page that is missing is
+        // found out at start, and the control plane's thread waits for none.
+        let memory = Memory::new(bytes)?;
+        let pages = memory.pages().clone();
+        let assembly = Assembly::new(config, PoolSource::Memory(memory, bytes), Role::Lender)?;
         let describe = format!("memory lender, {} threads", config.creditor_threads);
-        assembly.finish(config, None, None, Arc::default(), describe)
+        Ok(Self { pages: Some(pages), ..assembly.finish(config, None, None, Arc::default(), describe)? })
     }
 
     /// This instance.
@@ -349,6 +355,11 @@ impl Node {
     /// A key for what nodes of this cluster say to each other of requests.
     pub fn peer_key(&self) -> [u8; KEY_BYTES] {
         self.peer_key
+    }
+
+    /// The pages that its KV memory lies on, where that is the host's.
+    pub fn pages(&self) -> Option<&Pages> {
+        self.pages.as_ref()
     }
 
     /// For people: what it runs on.
@@ -533,6 +544,7 @@ impl Assembly {
             wakers,
             threads,
             describe,
+            pages: None,
             model,
             peer_key,
         })

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
+use distkv_fabric::Memory;
 use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 
@@ -53,8 +54,21 @@ struct LargePages {
     private: Option<String>,
     /// For memory that is registered and shared: the KV pool and mailboxes.
     shared: Option<String>,
+    /// Pages of 2 MiB that are reserved for such memory, and how many are free.
+    reserved: Option<Reserved>,
+    /// What such memory gets here, tried.
+    got: String,
     advice: Option<String>,
 }
+
+#[derive(Serialize)]
+struct Reserved {
+    pages: usize,
+    free: usize,
+}
+
+/// Bytes of memory that are made to see on which pages they come to lie.
+const TRIED: usize = 4 << 20;
 
 /// Looks. `registers`: is there a device that pins memory?
 pub fn look(sysfs: &Path, registers: bool) -> Machine {
@@ -126,8 +140,17 @@ fn large_pages(sysfs: &Path) -> LargePages {
     if matches!(shared.as_deref(), Some("never" | "deny")) {
         advice.push(format!("echo advise > {}", folder.join("shmem_enabled").display()));
     }
+    let count = |name: &str| {
+        let path = sysfs.join("kernel/mm/hugepages/hugepages-2048kB").join(name);
+        fs::read_to_string(path).ok()?.trim().parse().ok()
+    };
+    let reserved = count("nr_hugepages").and_then(|pages| Some(Reserved { pages, free: count("free_hugepages")? }));
+    if reserved.as_ref().is_some_and(|reserved| reserved.pages == 0) {
+        advice.push("for the KV pool, sysctl vm.nr_hugepages=N, as many of 2 MiB as it takes".to_string());
+    }
     let advice = (!advice.is_empty()).then(|| format!("as root, for faster memory: {}", advice.join("; ")));
-    LargePages { private, shared, advice }
+    let got = Memory::new(TRIED).map_or_else(|error| error.to_string(), |memory| memory.pages().to_string());
+    LargePages { private, shared, reserved, got, advice }
 }
 
 /// Bytes for people; no limit where there is none.
@@ -157,7 +180,13 @@ impl Machine {
         let _ = writeln!(out, "  locked memory  limit {soft} (hard {hard}){privileged}");
         let word = |word: &Option<String>| word.clone().unwrap_or_else(|| "not offered".into());
         let pages = &self.large_pages;
-        let _ = writeln!(out, "  large pages    private {}, shared {}", word(&pages.private), word(&pages.shared));
+        let reserved = match &pages.reserved {
+            Some(Reserved { pages, free }) => format!("{free} of {pages} reserved ones free"),
+            None => "none can be reserved".into(),
+        };
+        let (private, shared) = (word(&pages.private), word(&pages.shared));
+        let _ = writeln!(out, "  large pages    private {private}, shared {shared}, {reserved}");
+        let _ = writeln!(out, "                 the KV pool would lie on {}", pages.got);
         let _ =
             writeln!(out, "  io_uring       {}", if self.io_uring { "yes" } else { "no: not offered or forbidden" });
         for advice in [&locked.advice, &pages.advice].into_iter().flatten() {
@@ -198,6 +227,17 @@ mod tests {
         assert_eq!((pages.private.as_deref(), pages.shared.as_deref()), (Some("madvise"), Some("never")));
         let advice = pages.advice.unwrap();
         assert!(advice.contains("echo advise > ") && !advice.contains("echo madvise"), "{advice}");
+        assert!(pages.reserved.is_none() && !advice.contains("nr_hugepages"), "{advice}");
+        assert!(pages.got.contains("2 MiB"), "of this machine, larger ones or why not: {}", pages.got);
+        let folder = sysfs.path().join("kernel/mm/hugepages/hugepages-2048kB");
+        fs::create_dir_all(&folder).unwrap();
+        for (reserved, free, advised) in [(0, 0, true), (64, 62, false)] {
+            fs::write(folder.join("nr_hugepages"), format!("{reserved}\n")).unwrap();
+            fs::write(folder.join("free_hugepages"), format!("{free}\n")).unwrap();
+            let pages = large_pages(sysfs.path());
+            assert_eq!(pages.reserved.map(|r| (r.pages, r.free)), Some((reserved, free)));
+            assert_eq!(pages.advice.unwrap().contains("vm.nr_hugepages=N"), advised);
+        }
         assert_eq!(limit(Some(8 << 20)), "8.0 MiB");
     }
 }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use distkv_fabric::Memory;
 use proptest::prelude::*;
 
 use super::shape;
@@ -153,13 +154,22 @@ proptest! {
 #[test]
 fn a_lender_without_a_model_takes_the_shape_of_its_debtor_while_nothing_is_lent() {
     let bytes = shape(2).block_bytes() * 10;
-    let mut manager = RManager::new(PoolSource::Bytes(bytes), 1.0, LEASE);
+    takes_the_shape_of_its_debtor(PoolSource::Bytes(bytes), bytes);
+    // Memory that is there is cut, and cut again.
+    let memory = Memory::new(bytes).unwrap();
+    let pools = takes_the_shape_of_its_debtor(PoolSource::Memory(memory.clone(), bytes), bytes);
+    assert!(pools.iter().all(|pool| pool.memory().as_ptr() == memory.as_ptr()));
+}
+
+fn takes_the_shape_of_its_debtor(source: PoolSource, bytes: usize) -> [Arc<KvPool>; 2] {
+    let mut manager = RManager::new(source, 1.0, LEASE);
     let shared = manager.lent_pool().clone();
     let (debtor, now) = (InstanceId(1), Duration::ZERO);
     assert!(shared.current().is_none());
     assert_eq!(manager.shapeable_bytes(), bytes as u64);
     let grant = manager.reserve(now, debtor, 1, 10, &shape(2)).unwrap();
     assert_eq!(shared.current().map(|p| (*p.shape(), p.blocks())), Some((shape(2), 10)));
+    let first = shared.current().unwrap();
     let version = shared.version();
     assert_eq!(manager.reserve(now, debtor, 1, 1, &shape(4)), Err(Refusal::Shape));
     assert_eq!(manager.shapeable_bytes(), 0);
@@ -171,6 +181,7 @@ fn a_lender_without_a_model_takes_the_shape_of_its_debtor_while_nothing_is_lent(
     let huge = crate::kv::rblock::KvShape { layers: 4096, head_dim: 4096, ..shape(1) };
     assert!(manager.repay(debtor, again.loan, again.epoch));
     assert_eq!(manager.reserve(now, debtor, 1, 1, &huge), Err(Refusal::NoRoom));
+    [first, shared.current().unwrap()]
 }
 
 #[test]
