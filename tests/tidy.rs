@@ -18,6 +18,7 @@ const UNSAFE: &[&str] = &[
     "fabric/src/verbs/request.rs",          // requests as the library takes them, written in place
     "fabric/src/verbs/sys.rs",              // libibverbs, opened at run time
     "fabric/src/verbs/sys/types.rs",        // pointers to functions of libibverbs and its drivers
+    "fabric/examples/window_cost.rs",       // calls libibverbs as C programs do
     "fabric/tests/software_hca.rs",         // calls the software HCA as C programs do
     "fabric/tests/software_hca/rig.rs",     // as above
     "fabric/tests/verbs_device.rs",         // a range that stands for a GPU's
