@@ -131,20 +131,25 @@ __device__ __forceinline__ void bring(const Decode &p, const DecodeItem &first, 
     const uint32_t lane = threadIdx.x % 32, cells = decode_rows(D) / p.box_rows, box_bytes = p.box_rows * Shape<K, D>::ROW;
     const uint32_t full = shared_address(shared.full), empty = shared_address(shared.empty);
     Place at = {0, 0};
-    Found next = find(p, first, first.begin + lane);
-#if __CUDA_ARCH__ >= 900
-    if (lane == 0)
-        asm volatile("prefetch.tensormap [%0];" ::"l"(p.kv_map) : "memory");
-#endif
-    wait_for_previous();
-    for (DecodeItem item = first;;) {
-        for (uint32_t base = item.begin; base < item.end; base += 32) {
+    // What comes next is asked for while there is still something to bring.
+    DecodeItem item = first, after = first;
+    Found next = find(p, item, item.begin + lane);
+    bool waited = false;
+    for (;;) {
+        if (item.next != DECODE_NONE)
+            after = load_item(p.items + item.next);
+        uint32_t base = item.begin;
+        do {
             const Found found = next;
-            next = find(p, item, base + 32 + lane);
-            const uint32_t count = min(item.end - base, 32u);
+            next = base + 32 < item.end ? find(p, item, base + 32 + lane) : find(p, after, after.begin + lane);
+            const uint32_t count = base < item.end ? min(item.end - base, 32u) : 0;
             for (uint32_t i = 0; i < count; i += cells) {
                 const bool in_unit = lane - i < cells, brought = in_unit && found.tokens;
                 const uint32_t boxes = __ballot_sync(~0u, brought);
+                if (!waited && __any_sync(~0u, brought && found.position + found.tokens > item.position)) {
+                    wait_for_previous();
+                    waited = true;
+                }
                 for (uint32_t value = 0; value < 2; value++) {
                     barrier_wait(empty + at.slot * 8, at.parity ^ 1);
                     const uint32_t slot = ring + at.slot * Shape<K, D>::SLOT, barrier = full + at.slot * 8;
@@ -170,11 +175,11 @@ __device__ __forceinline__ void bring(const Decode &p, const DecodeItem &first, 
                     at.advance(p.slots);
                 }
             }
-        }
+            base += 32;
+        } while (base < item.end);
         if (item.next == DECODE_NONE)
             break;
-        item = load_item(p.items + item.next);
-        next = find(p, item, item.begin + lane);
+        item = after;
     }
 }
 
@@ -428,13 +433,18 @@ __device__ __forceinline__ void attend(const Decode &p, const DecodeItem &item, 
     }
 }
 
-template <class T, class K, uint32_t D> __device__ __forceinline__ void decode(const Decode &p) {
+// NT: eights of columns that an item may have.
+template <class T, class K, uint32_t D, uint32_t NT> __device__ __forceinline__ void decode(const Decode &p) {
     // The swizzle counts from addresses that are multiples of 1024.
     extern __shared__ __align__(1024) uint8_t dynamic[];
     Shared<K, D> &shared = *reinterpret_cast<Shared<K, D> *>(dynamic + p.slots * Shape<K, D>::SLOT);
     const uint32_t ring = shared_address(dynamic), warp = threadIdx.x / 32;
     // The plan is older than the kernel before this one: no need to wait.
     const DecodeItem first = load_item(p.items + blockIdx.x);
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x == Shape<K, D>::WARPS * 32)
+        asm volatile("prefetch.tensormap [%0];" ::"l"(p.kv_map) : "memory");
+#endif
     if (threadIdx.x < p.slots) {
         // A lane's 16-byte copies arrive by themselves.
 #if __CUDA_ARCH__ >= 900
@@ -458,10 +468,10 @@ template <class T, class K, uint32_t D> __device__ __forceinline__ void decode(c
     wait_for_previous();
     Place at = {0, 0};
     for (DecodeItem item = first;; item = load_item(p.items + item.next)) {
-        if (item.columns <= COLUMNS)
+        if (NT == 1 || item.columns <= COLUMNS)
             attend<T, K, D, 1>(p, item, shared, ring, at);
         else
-            attend<T, K, D, 2>(p, item, shared, ring, at);
+            attend<T, K, D, NT>(p, item, shared, ring, at);
         if (item.next == DECODE_NONE)
             break;
     }
@@ -470,10 +480,18 @@ template <class T, class K, uint32_t D> __device__ __forceinline__ void decode(c
 } // namespace
 } // namespace distkv
 
+// The narrow ones leave so many registers that a block of decode_join.cu stands
+// by on the same multiprocessor, and takes none of the time in which a block of
+// the next kernel could begin to bring its units: the compiler is told of more
+// threads than there are.
 #define DECODE(NAME, T, K, D)                                                                                          \
     extern "C" __global__ void __launch_bounds__(distkv::Shape<K, D>::THREADS, 1)                                      \
         attention_decode_d##D##_##NAME(const __grid_constant__ distkv::Decode p) {                                     \
-        distkv::decode<T, K, D>(p);                                                                                    \
+        distkv::decode<T, K, D, 2>(p);                                                                                 \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(D <= 128 ? 512 : 384, 1)                                              \
+        attention_decode_narrow_d##D##_##NAME(const __grid_constant__ distkv::Decode p) {                              \
+        distkv::decode<T, K, D, 1>(p);                                                                                 \
     }
 #define DECODE_ALL(D)                                                                                                  \
     DECODE(bf16, __nv_bfloat16, __nv_bfloat16, D)                                                                      \

@@ -1,10 +1,17 @@
 //! MicroAttention on the GPU: a plan a step, then a launch or two a layer.
 //!
 //! A sequence with few rows is decoded: its KV is cut into equal shares for the
-//! multiprocessors, and the shares' partials are merged by the last to finish.
+//! multiprocessors, and the shares' partials are joined by a second kernel.
 //! Any other is prefilled, tile by tile of its queries. Which is which, the
 //! planners on the device and [`Taken`] on the host decide by the same rule.
 //! Heads of a width that those kernels do not know go through a plain one.
+//!
+//! Decoding begins to read KV while the launch before it still runs. Of the KV
+//! that a sequence of the step reads, that launch may therefore write only the
+//! step's own rows of the same sequence: a block that several sequences share
+//! is complete before a step begins (as [`PrefixCache`] has it).
+//!
+//! [`PrefixCache`]: crate::kv::prefix::PrefixCache
 
 #![allow(unsafe_code)]
 
@@ -30,6 +37,11 @@ const MAX_GROUP: usize = super::DECODE_TILE;
 /// more of either is slower, measured on an H200.
 const COPIED: u32 = 64;
 const MOST_SLOTS: u32 = 5;
+/// Columns (query rows times heads of a group) of the narrow decode kernel.
+const NARROW: usize = 8;
+/// Shared memory that the decode kernel leaves, in bytes: the block of the join
+/// that stands by beside it has its own.
+const JOIN_ROOM: u32 = 16 << 10;
 /// Blocks' shares are at least this many units.
 const LEAST_UNITS: u32 = 1;
 
@@ -62,6 +74,8 @@ enum Fast {
 
 struct Tiled {
     decode: Kernel,
+    /// The same for up to [`NARROW`] columns a sequence.
+    narrow: Kernel,
     join: Kernel,
     unit: Unit,
     slots: u32,
@@ -206,8 +220,11 @@ impl Attention {
         let Some(slots) = unit.slots(d as u32, element as u32, shared) else {
             return Err(DeviceError::Unsupported(format!("CUDA: heads of {d} in {shared} bytes of shared memory")));
         };
-        let decode =
-            kernels.typed(&format!("attention_decode_d{d}{of_pool}"), unit.shared(slots, d as u32, element as u32))?;
+        // All that is left: with the least that suffices, the multiprocessor's memory
+        // would be divided so that nothing fits beside it.
+        let decode_shared = unit.shared(slots, d as u32, element as u32).max(shared.saturating_sub(JOIN_ROOM));
+        let decode = kernels.typed(&format!("attention_decode_d{d}{of_pool}"), decode_shared)?;
+        let narrow = kernels.typed(&format!("attention_decode_narrow_d{d}{of_pool}"), decode_shared)?;
         let rows = 2 * u64::from(pool.blocks()) * shape.kv_heads as u64 * u64::from(pool.shape().block_tokens);
         let decode_map = match hopper {
             true => Some(self.decode_map(stream, shape, pool, address, rows, unit)?),
@@ -244,6 +261,7 @@ impl Attention {
         let parts = GpuMemory::new(&self.context, parts, "attention")?;
         Ok(Tiled {
             decode,
+            narrow,
             join: kernels.typed("decode_join", 0)?,
             unit,
             slots,
@@ -402,12 +420,14 @@ impl Attention {
             // of the parts are of the sizes that api.h asks for.
             unsafe {
                 let grid = Grid::new(self.blocks(), tiled.unit.threads());
+                let narrow = taken.most * (shape.heads / shape.kv_heads) <= NARROW;
+                let kernel = if narrow { tiled.narrow } else { tiled.decode };
                 match planned {
-                    // It reads the plan before it waits.
-                    true => tiled.decode.launch(stream, grid, &arguments)?,
-                    false => tiled.decode.overlap(stream, grid, &arguments)?,
+                    // It reads the plan, and KV, before it waits.
+                    true => kernel.launch(stream, grid, &arguments)?,
+                    false => kernel.overlap(stream, grid, &arguments)?,
                 }
-                tiled.join.overlap(stream, Grid::new(2 * self.blocks(), 256), &join)?;
+                tiled.join.overlap(stream, Grid::new(self.blocks(), 256), &join)?;
             }
         }
         if prefills {
