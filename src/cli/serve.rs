@@ -108,7 +108,8 @@ const LAUNCHED_FABRIC_PORT: u16 = 7946;
 /// A node that drains waits this long for what is lent to become less.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Runs the subcommand until SIGTERM or SIGINT.
+/// Runs the subcommand until SIGTERM or SIGINT, or until the device is lost, which
+/// is an error.
 pub fn run(args: Args) -> anyhow::Result<()> {
     if args.host_kv_memory.is_some() && (args.no_model || args.engine.device == DeviceName::Cpu) {
         bail!("--host-kv-memory is for a model on a GPU (--device cuda:0); here all memory is the host's: --kv-memory");
@@ -159,7 +160,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             eprintln!("distkv: KV memory of {} on {pages}", node.instance());
         }
     }
-    let drain = node.drainer();
+    let (drain, lost) = (node.drainer(), node.lost());
     let wanted = args.min_members.max(rank.as_ref().map_or(0, |r| r.size as usize - 1));
     let wanted = wanted + usize::from(host_tier.is_some());
     let view = node.view().clone();
@@ -174,8 +175,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         };
         // From the signal on, debtors move what lies here elsewhere, while this
         // node's own requests finish.
+        let ending = lost.clone();
         let terminated = async move {
-            terminated().await;
+            // The engine has said why, and has failed its requests.
+            tokio::select! {
+                () = terminated() => {}
+                _ = ending.wait() => {}
+            }
             eprintln!("distkv: draining");
             drain();
         };
@@ -194,7 +200,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if let Some(host) = host_tier {
         host.stop();
     }
-    Ok(())
+    // A launcher is to start another.
+    match lost.reason() {
+        Some(reason) => bail!("ended because {reason}"),
+        None => Ok(()),
+    }
 }
 
 /// Host memory beside an engine on a GPU: a lender in this process. The engine

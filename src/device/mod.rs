@@ -34,6 +34,9 @@ pub enum DeviceError {
     /// The system refused.
     #[error("{0}")]
     System(String),
+    /// The device broke down: nothing can be done with it any more, in this process.
+    #[error("the device is lost: {0}")]
+    Lost(String),
 }
 
 /// Result of a device call.

@@ -190,6 +190,8 @@ pub struct EngineStats {
     pub reach_tokens: usize,
     /// How long a decode step takes, as fitted to those of late.
     pub perf: Option<PerfModel>,
+    /// Why the device was lost, and with it the engine.
+    pub lost: Option<Arc<str>>,
 }
 
 /// So that something can stand before an engine and be taken for it.

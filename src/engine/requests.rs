@@ -87,9 +87,18 @@ impl Clients {
     }
 
     pub(super) fn fail_all(&mut self, message: &str) {
-        for seq in self.by_seq.keys().copied().collect::<Vec<_>>() {
+        for seq in self.all() {
             self.fail(seq, message.to_string());
         }
+    }
+
+    /// All requests that are not over.
+    pub(super) fn all(&self) -> Vec<SeqId> {
+        self.by_seq.keys().copied().collect()
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.by_seq.len()
     }
 
     /// Whether a sequence's rows of logits are to be seen by the host: where it

@@ -12,11 +12,12 @@ use tokio::sync::mpsc;
 
 use super::doubts::Doubts;
 use super::handle::{EngineHandle, EngineStats, Output, Rejected, Request, Submit};
+use super::lost::Lost;
+use super::remote::{block_move, remote_parts};
 use super::requests::{Clients, Computed, LogitTap, Verdict};
 use crate::attention::debtor::{BlockMove, Debtor, LaneState, RemotePart};
 use crate::attention::exchange::ExchangeStats;
 use crate::attention::fetch::Landed;
-use crate::attention::wire::{LoanView, Placement, PlanEntry};
 use crate::control::perf::Fit;
 use crate::control::slack::Slack;
 use crate::device::{Chosen, Device, DeviceError};
@@ -148,6 +149,7 @@ struct Shared {
     queued: AtomicUsize,
     pool: Arc<KvPool>,
     exchange: Arc<ExchangeStats>,
+    lost: Lost,
 }
 
 impl Submit for Shared {
@@ -183,6 +185,7 @@ impl Submit for Shared {
         stats.blocks_total = counts.total as usize;
         stats.blocks_free = counts.free as usize;
         stats.blocks_lent = (counts.lent + counts.reserved) as usize;
+        stats.lost = self.lost.reason();
         stats.partials_rejected = self.exchange.rejected();
         stats.reach_tokens = self.reach.load(Ordering::Relaxed) * self.block_tokens;
         stats
@@ -234,6 +237,8 @@ pub struct Running {
     pub commands: SyncSender<Command>,
     /// Set to refuse new requests.
     pub draining: Arc<AtomicBool>,
+    /// Says when the device was lost, with which the engine ends.
+    pub lost: Lost,
     /// Ends after [`Command::Stop`].
     pub thread: JoinHandle<()>,
 }
@@ -284,7 +289,9 @@ where
             queued: AtomicUsize::new(0),
             pool: parts.pool.clone(),
             exchange: parts.exchange,
+            lost: Lost::default(),
         });
+        let lost = shared.lost.clone();
         let vocab = parts.model.config().vocab;
         let engine = Self {
             device: parts.device,
@@ -315,7 +322,7 @@ where
             stopped: false,
         };
         let thread = std::thread::Builder::new().name("engine".into()).spawn(move || engine.run())?;
-        Ok(Running { handle: EngineHandle::new(shared), commands, draining, thread })
+        Ok(Running { handle: EngineHandle::new(shared), commands, draining, lost, thread })
     }
 
     /// A channel for commands, to give to the treasury and then to `start`.
@@ -473,11 +480,29 @@ where
     }
 
     fn fail_step(&mut self, error: &DeviceError) {
+        if let DeviceError::Lost(_) = error {
+            return self.lose_device(&error.to_string());
+        }
         tracing::error!(%error, requests = self.batch.items.len(), "a step failed");
         for item in &self.batch.items {
             self.scheduler.remove(item.seq);
             self.clients.fail(item.seq, format!("the step failed: {error}"));
         }
+    }
+
+    /// No step will ever be computed again: all requests fail, what was borrowed is
+    /// given back, and the engine ends.
+    fn lose_device(&mut self, reason: &str) {
+        tracing::error!(reason, requests = self.clients.len(), "the engine ends");
+        self.shared.draining.store(true, Ordering::Release);
+        self.shared.lost.set(reason);
+        for seq in self.clients.all() {
+            self.scheduler.remove(seq);
+            self.clients.fail(seq, format!("{reason}; this node ends: send the request again"));
+        }
+        self.opening.drain(..).flat_map(|(_, loans)| loans).for_each(|loan| self.treasury.repay(&loan));
+        self.handle_asks();
+        self.stopped = true;
     }
 
     /// Has the device choose the step's tokens; or brings the logits here, where
@@ -663,30 +688,4 @@ where
         stats.perf = self.fit.model();
         stats.blocks_cached = self.prefix.lock().unwrap_or_else(PoisonError::into_inner).len();
     }
-}
-
-fn block_move(spill: &Spill) -> BlockMove {
-    BlockMove {
-        creditor: spill.creditor,
-        local: spill.local.index,
-        placement: Placement { loan: spill.loan, block: spill.block, position: spill.position, tokens: spill.tokens },
-    }
-}
-
-/// The parts of a batch item's KV that lie with creditors, one a creditor.
-fn remote_parts(scheduler: &Scheduler, item: &BatchItem) -> Vec<RemotePart> {
-    let mut parts: Vec<RemotePart> = Vec::new();
-    let loans = scheduler.get(item.seq).map_or(&[][..], |s| &s.loans);
-    for held in loans.iter().filter(|l| l.placed > 0) {
-        let view = LoanView { loan: held.loan, epoch: held.epoch, visible: held.placed as u32 };
-        match parts.iter_mut().find(|p| p.creditor == held.creditor) {
-            Some(part) => part.entry.loans.push(view),
-            None => parts.push(RemotePart {
-                creditor: held.creditor,
-                rows: item.rows.clone(),
-                entry: PlanEntry { rows: item.rows.len() as u32, position: item.position, loans: vec![view] },
-            }),
-        }
-    }
-    parts
 }

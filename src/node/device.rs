@@ -100,7 +100,13 @@ impl EngineDevice for CudaDevice {
         self.loaded()?;
         let bytes = match bytes {
             Some(bytes) => bytes,
-            None => self.room()?,
+            None => {
+                let (left, least) = (self.room()?, LEAST_BLOCKS * shape.block_bytes());
+                if left < least {
+                    return Err(self.no_pool(left, least).into());
+                }
+                left
+            }
         };
         Ok(CudaDevice::pool(self, shape, blocks(&shape, bytes)? as usize)?)
     }

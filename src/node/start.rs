@@ -30,7 +30,7 @@ use crate::device::cpu::{CpuDevice, CpuHolder, CpuOptions, Math};
 use crate::device::cuda::CudaDevice;
 use crate::device::disk::Stored;
 use crate::device::{DeviceError, HolderKernel};
-use crate::engine::{Command, Engine, EngineConfig, EngineHandle, EngineStats, LogitTap, Parts, Running};
+use crate::engine::{Command, Engine, EngineConfig, EngineHandle, EngineStats, LogitTap, Lost, Parts, Running};
 use crate::kv::pool::KvPool;
 use crate::kv::prefix::PrefixCache;
 use crate::kv::rblock::{InstanceId, KvDtype, KvShape};
@@ -208,7 +208,9 @@ impl Node {
         }
     }
 
-    fn engine_on<D: EngineDevice>(config: &NodeConfig, mut model: ModelParts) -> Result<Self, NodeError> {
+    /// As [`engine`](Self::engine), on a device of a given kind, whatever the model's
+    /// parts name.
+    pub fn engine_on<D: EngineDevice>(config: &NodeConfig, mut model: ModelParts) -> Result<Self, NodeError> {
         let shape = model.kv_shape();
         let mut device = D::make(config.pin, &model)?;
         let fingerprint = fingerprint(&model)?;
@@ -383,6 +385,12 @@ impl Node {
             }
             link.tell(NodeCommand::Drain);
         }
+    }
+
+    /// Says when the engine's device was lost: nothing can be computed any more, and
+    /// the node is to end. A lender's never is.
+    pub fn lost(&self) -> Lost {
+        self.engine.as_ref().map(|engine| engine.lost.clone()).unwrap_or_default()
     }
 
     /// Ends the node: the engine first (requests that still run fail), then it

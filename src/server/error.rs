@@ -102,6 +102,12 @@ impl ApiError {
         Self { retry_after: Some(1), ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message) }
     }
 
+    /// 503: the device is lost, and the node ends.
+    pub fn lost(reason: &str) -> Self {
+        let message = format!("{reason}; this node ends");
+        Self { code: Some("device_lost"), ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message) }
+    }
+
     /// The body: `{"error": {...}}`.
     pub fn body(&self) -> Value {
         json!({"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}})

@@ -18,13 +18,19 @@ use super::state::{ServerState, no_model};
 
 type Shared = State<Arc<ServerState>>;
 
-/// The process answers.
-pub(super) async fn health() -> Json<Value> {
-    Json(json!({"status": "ok"}))
+/// The process answers, and its device works.
+pub(super) async fn health(State(state): Shared) -> Result<Json<Value>, ApiError> {
+    match state.stats().lost {
+        Some(reason) => Err(ApiError::lost(&reason)),
+        None => Ok(Json(json!({"status": "ok"}))),
+    }
 }
 
 /// The node takes requests.
 pub(super) async fn ready(State(state): Shared) -> Result<Json<Value>, ApiError> {
+    if let Some(reason) = state.stats().lost {
+        return Err(ApiError::lost(&reason));
+    }
     if state.is_draining() {
         return Err(ApiError::draining());
     }

@@ -16,13 +16,18 @@ use distkv::model::sampler::SamplingParams;
 use distkv::model::synth::synth_to;
 use distkv::node::device::DeviceName;
 use distkv::node::transports::FabricChoice;
-use distkv::node::{ModelParts, Node, NodeConfig, Tuning};
+use distkv::node::{ModelParts, Node, NodeConfig, NodeError, Tuning};
 use distkv::schedule::scheduler::SchedulerConfig;
 use serde_json::{Value, json};
 
 /// A small llama with a long context. `changes` replace fields of its
 /// configuration.
 pub fn model(dir: &Path, changes: Value) -> ModelFiles {
+    model_of(dir, changes, DType::F32)
+}
+
+/// The same with weights of another type.
+pub fn model_of(dir: &Path, changes: Value, dtype: DType) -> ModelFiles {
     let mut config = json!({
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -43,7 +48,7 @@ pub fn model(dir: &Path, changes: Value) -> ModelFiles {
     for (name, value) in changes.as_object().unwrap() {
         config[name] = value.clone();
     }
-    synth_to(dir, &config, 7, DType::F32).unwrap();
+    synth_to(dir, &config, 7, dtype).unwrap();
     load::open(dir).unwrap()
 }
 
@@ -77,6 +82,8 @@ pub struct Setup {
     pub replicas: usize,
     /// Most rBlocks that planned moves take in a step.
     pub move_blocks: usize,
+    /// Node 0's pool is as large as its device has room for, whatever `tokens` say.
+    pub whole_device: bool,
 }
 
 impl Setup {
@@ -94,10 +101,20 @@ impl Setup {
             tuning: Tuning::default(),
             replicas: 1,
             move_blocks: 4,
+            whole_device: false,
         }
     }
 
     pub fn start(&self, files: &ModelFiles) -> Cluster {
+        self.start_by(files, Node::engine).unwrap()
+    }
+
+    /// As [`start`](Self::start), with node 0 made by `engine`.
+    pub fn start_by(
+        &self,
+        files: &ModelFiles,
+        engine: impl FnOnce(&NodeConfig, ModelParts) -> Result<Node, NodeError>,
+    ) -> Result<Cluster, NodeError> {
         let logits = Logits::default();
         let seen = logits.clone();
         let config = NodeConfig {
@@ -128,7 +145,7 @@ impl Setup {
             kv_dtype: self.kv_dtype,
             block_tokens: 16,
             device: self.device,
-            kv_bytes: Some(bytes(self.tokens[0])),
+            kv_bytes: (!self.whole_device).then(|| bytes(self.tokens[0])),
             threads: self.threads,
             math: self.math,
             schedule: SchedulerConfig {
@@ -147,7 +164,7 @@ impl Setup {
             progress: Box::new(|_| {}),
         };
         let name = config.cluster.clone();
-        let node = Node::engine(&NodeConfig { join, ..config }, parts).unwrap();
+        let node = engine(&NodeConfig { join, ..config }, parts)?;
         let cluster = Cluster { name, node, lenders, logits };
         let members = cluster.lenders.len();
         until("all members to be seen", || {
@@ -156,7 +173,7 @@ impl Setup {
         // The engine hears of what they lend a moment later.
         let reach: usize = self.tokens.iter().sum();
         until("all memory to be in reach", || cluster.node.stats().reach_tokens >= reach);
-        cluster
+        Ok(cluster)
     }
 }
 

@@ -16,6 +16,7 @@ mod smollm2;
 mod export;
 mod goldens;
 mod kernels;
+mod memory;
 mod soak;
 
 use std::time::Instant;
@@ -43,6 +44,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("repeat", goldens::repeats),
     ("smollm2", goldens::smollm2_answers),
     ("dmabuf", export::memory_for_a_nic),
+    ("memory", memory::is_taken),
     ("soak", soak::many_requests),
 ];
 

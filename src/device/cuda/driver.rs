@@ -4,26 +4,15 @@
 
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, c_int};
+use std::ffi::c_int;
 use std::mem::MaybeUninit;
 use std::sync::Arc;
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
+pub use super::refusal::failed;
 use crate::device::{DeviceError, Result};
-
-/// Puts a driver's refusal in the device's terms.
-pub fn failed(what: &str, error: DriverError) -> DeviceError {
-    let text = error.error_string().map_or_else(|_| "unknown".into(), CStr::to_string_lossy);
-    if error.0 == sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY {
-        return DeviceError::OutOfMemory(format!(
-            "{what}: the GPU has no room for it; less --kv-memory, fewer --chunk-tokens or --max-sequences, or the \
-             memory of another process on this GPU would make some"
-        ));
-    }
-    DeviceError::System(format!("{what}: {text} ({:?})", error.0))
-}
 
 /// How many GPUs there are; an error says why none can be used.
 pub fn count() -> Result<usize> {

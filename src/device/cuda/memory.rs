@@ -11,8 +11,11 @@ use distkv_fabric::Dmabuf;
 use distkv_fabric::GpuRange;
 
 use super::driver::{Context, Stream, failed};
+use super::refusal::{no_pinned_room, no_room};
 use crate::device::{DeviceError, Result};
 use crate::kv::pool::DeviceMemory;
+
+const OUT_OF_MEMORY: sys::cudaError_enum = sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY;
 
 /// Bytes of the GPU's memory. Not cleared.
 pub struct GpuMemory {
@@ -26,8 +29,10 @@ impl GpuMemory {
     pub fn new(context: &Arc<Context>, len: usize, what: &str) -> Result<Self> {
         context.bind()?;
         // SAFETY: asks for memory, nothing more.
-        let address = unsafe { result::malloc_sync(len.max(1)) }
-            .map_err(|e| failed(&format!("allocating {:.1} MiB for {what}", len as f64 / (1 << 20) as f64), e))?;
+        let address = unsafe { result::malloc_sync(len.max(1)) }.map_err(|e| match e.0 {
+            OUT_OF_MEMORY => no_room(len, what, result::mem_get_info().ok()),
+            _ => failed(&format!("allocating {:.1} MiB for {what}", len as f64 / (1 << 20) as f64), e),
+        })?;
         Ok(Self { context: context.clone(), address, len })
     }
 
@@ -247,8 +252,9 @@ impl Pinned {
         let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
         // SAFETY: asks for memory, then clears it.
         unsafe {
-            let pointer = result::malloc_host(len, flags).map_err(|e| {
-                failed(&format!("page-locking {:.1} MiB of host memory", len as f64 / (1 << 20) as f64), e)
+            let pointer = result::malloc_host(len, flags).map_err(|e| match e.0 {
+                OUT_OF_MEMORY => no_pinned_room(len),
+                _ => failed(&format!("page-locking {:.1} MiB of host memory", len as f64 / (1 << 20) as f64), e),
             })?;
             std::ptr::write_bytes(pointer.cast::<u8>(), 0, len);
             Ok(Self { context: context.clone(), pointer, len })

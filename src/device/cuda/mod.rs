@@ -23,6 +23,7 @@ mod kernels;
 mod linear;
 mod load;
 mod memory;
+mod refusal;
 mod rows;
 mod step;
 mod widen;
@@ -167,7 +168,18 @@ impl CudaDevice {
     /// percent.
     pub fn room(&self) -> Result<usize> {
         let free = self.context.free_memory()?;
-        Ok(free.saturating_sub((self.properties().memory / RESERVE_SHARE).max(RESERVE_LEAST)))
+        Ok(free.saturating_sub(self.reserve()))
+    }
+
+    /// Bytes that a KV pool which takes all that is left leaves: for what the driver
+    /// and the matrix library allocate as they go.
+    pub fn reserve(&self) -> usize {
+        (self.properties().memory / RESERVE_SHARE).max(RESERVE_LEAST)
+    }
+
+    /// The refusal of a pool whose `least` bytes are more than the `left` ones.
+    pub fn no_pool(&self, left: usize, least: usize) -> DeviceError {
+        refusal::no_pool(left, self.reserve(), least)
     }
 
     /// A pool of `blocks` rBlocks in its memory.
