@@ -64,7 +64,7 @@ pub struct Product {
 pub fn present() -> Result<()> {
     // SAFETY: looks for the library, and opens it where it is.
     match unsafe { sys::is_culib_present() } {
-        true => Ok(()),
+        true => super::symbols::matrices(),
         false => Err(DeviceError::Unsupported(
             "CUDA: libcublasLt.so.13 was not found; it comes with the CUDA toolkit, and as nvidia-cublas from PyPI \
              (name its folder in LD_LIBRARY_PATH)"

@@ -22,6 +22,7 @@ pub fn count() -> Result<usize> {
             "CUDA: libcuda.so.1, NVIDIA's driver library, is not on this machine".into(),
         ));
     }
+    super::symbols::driver()?;
     result::init().map_err(|e| failed("starting the CUDA driver", e))?;
     result::device::get_count().map(|n| n as usize).map_err(|e| failed("counting GPUs", e))
 }

@@ -26,6 +26,7 @@ mod memory;
 mod refusal;
 mod rows;
 mod step;
+mod symbols;
 mod widen;
 
 use std::collections::BTreeMap;
