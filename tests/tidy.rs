@@ -66,6 +66,7 @@ const UNSAFE: &[&str] = &[
     "src/device/disk/reader.rs",            // a ring of memory that is read into
     "src/device/disk/tests.rs",             // memory to read into
     "src/device/disk/uring.rs",             // reads that io_uring is given
+    "src/device/nvtx.rs",                   // a library for profilers, opened at run time
     "src/model/mapping.rs",                 // mapping files of weights
     "tests/cpu_allocations.rs",             // an allocator that counts
 ];

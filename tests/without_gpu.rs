@@ -134,6 +134,48 @@ fn what_has_no_room_on_the_gpu_is_refused_with_advice() {
     assert!(stderr.contains(" of 100.0 MiB are free; a smaller model"), "{stderr}");
 }
 
+/// What the fake NVTX counted in a run: ranges by name, and `open`.
+fn ranges(libraries: &Path, arguments: &[&str]) -> std::collections::BTreeMap<String, i64> {
+    let log = libraries.join("ranges");
+    let output = run(distkv(libraries, arguments).env("FAKE_NVTX", &log));
+    assert!(output.status.success(), "{}", text(&output).1);
+    let counted = std::fs::read_to_string(log).unwrap();
+    let line = |line: &str| line.rsplit_once(' ').map(|(name, count)| (name.to_owned(), count.parse().unwrap()));
+    counted.lines().map(|l| line(l).unwrap()).collect()
+}
+
+#[test]
+fn ranges_of_time_are_shown_where_there_is_a_library_for_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let gpu = libraries(folder.path(), &[]);
+    let Some(model) = model(folder.path(), &gpu) else { return };
+    let generate = ["generate", "--model", &model, "--prompt", "a b c d", "--max-tokens", "8", "--temperature", "0"];
+    for (name, device) in [("libnvtx3interop.so", "cuda:0"), ("libnvToolsExt.so.1", "cpu")] {
+        let library = gpu.join(name);
+        compile("fake_nvtx.c", &[], &library);
+        let mut arguments = generate.to_vec();
+        arguments.extend(["--device", device]);
+        let counted = ranges(&gpu, &arguments);
+        let of = |name: &str| counted.get(name).copied().unwrap_or(0);
+        assert_eq!((of("load"), of("open")), (1, 0), "{counted:?}");
+        assert_eq!(of("step"), of("prefill") + of("decode"), "{counted:?}");
+        assert!(of("prefill") > 0 && of("choose") == of("step") && of("exchange") == 0, "{counted:?}");
+        // Three layers a step, but where a recorded one is replayed.
+        assert!(of("layer") > 0 && of("layer") % 3 == 0 && of("layer") <= 3 * of("step"), "{counted:?}");
+        assert_eq!(of("layer"), of("attention"), "{counted:?}");
+        assert_eq!(of("metadata"), if device == "cpu" { 0 } else { of("step") }, "{counted:?}");
+        std::fs::remove_file(library).unwrap();
+    }
+    // Elsewhere: keys with lenders of the same process.
+    compile("fake_nvtx.c", &[], &gpu.join("libnvtx3interop.so"));
+    let mut arguments = generate.to_vec();
+    let prompt = "a b c d e f g h ".repeat(20);
+    (arguments[4], arguments[6]) = (&prompt, "4");
+    arguments.extend(["--nodes", "3", "--kv-tokens-per-node", "128"]);
+    let counted = ranges(&gpu, &arguments);
+    assert!(counted["exchange"] > 0 && counted["open"] == 0, "{counted:?}");
+}
+
 /// A server that is killed when the test is over, and what it writes to stderr.
 struct Server {
     child: Child,

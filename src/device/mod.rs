@@ -11,6 +11,7 @@ mod choice;
 pub mod cpu;
 pub mod cuda;
 pub mod disk;
+pub mod nvtx;
 pub mod tensor;
 
 use std::ops::Range;

@@ -20,6 +20,7 @@ use crate::attention::exchange::ExchangeStats;
 use crate::attention::fetch::Landed;
 use crate::control::perf::Fit;
 use crate::control::slack::Slack;
+use crate::device::nvtx::range;
 use crate::device::{Chosen, Device, DeviceError};
 use crate::kv::moves::{Errand, Held};
 use crate::kv::pool::KvPool;
@@ -448,11 +449,15 @@ where
     /// in it.
     fn step(&mut self, begun: Instant, landed: usize) {
         let computing = Instant::now();
+        let _step = range(c"step");
         let streaming: Vec<BlockMove> = self.batch.spills.iter().map(block_move).collect();
         let parts: Vec<RemotePart> =
             self.batch.items.iter().flat_map(|item| remote_parts(&self.scheduler, item)).collect();
         self.debtor.begin_step(parts, streaming.iter().copied());
+        let single = self.batch.items.iter().all(|item| item.rows.len() == 1);
+        let pass = range(if single { c"decode" } else { c"prefill" });
         let computed = self.model.forward(&mut self.device, &self.pool, &self.batch.input(), &mut self.debtor);
+        drop(pass);
         self.debtor.flush(&streaming);
         self.settle_losses();
         if let Err(error) = computed {
@@ -508,6 +513,7 @@ where
     /// Has the device choose the step's tokens; or brings the logits here, where
     /// it does not choose or somebody wants to see them.
     fn choose(&mut self) -> Result<(), DeviceError> {
+        let _choose = range(c"choose");
         let Self { model, device, scheduler, clients, batch, logits, chosen, tap, .. } = self;
         let vocab = model.config().vocab;
         chosen.clear();

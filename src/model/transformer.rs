@@ -2,6 +2,7 @@
 //! written once for every family and device.
 
 use crate::attention::LayerHook;
+use crate::device::nvtx::range;
 use crate::device::{self, Choice, Chosen, Device, Norm, Pass, StepInput};
 use crate::kv::pool::KvPool;
 
@@ -79,6 +80,7 @@ impl<D: Device> Transformer<D> {
         max_logits: usize,
         mut progress: impl FnMut(u64),
     ) -> Result<Self, LoadError> {
+        let _load = range(c"load");
         let mut loader = Loader { device, source, loaded: 0, progress: &mut progress };
         // The largest first: while a tensor is packed it is in memory twice, and
         // that must not come on top of everything else.
@@ -133,20 +135,29 @@ impl<D: Device> Transformer<D> {
         let shape = &config.attention;
         let norm = |weight| Norm { weight, eps: config.norm_eps };
 
-        let Pass::Run { rows, logits } = device.begin_step(&config.rope, step, pool, hook.is_idle())? else {
+        let local = hook.is_idle();
+        let Pass::Run { rows, logits } = device.begin_step(&config.rope, step, pool, local)? else {
             return Ok(());
         };
+        let exchange = || (!local).then(|| range(c"exchange"));
         device.embed(&self.embedding, &mut s.residual);
         if let Some(first) = self.layers.first() {
             device.rms_norm(&s.residual, rows, norm(&first.attention_norm), &mut s.normed);
         }
         for (index, layer) in self.layers.iter().enumerate() {
+            let _layer = range(c"layer");
             device.linear(&s.normed, rows, &layer.qkv, layer.qkv_bias.as_ref(), &mut s.qkv);
             let qk_norm = layer.qk_norm.as_ref().map(|(q, k)| (q, k, config.norm_eps));
             device.rope_append(shape, qk_norm, index, pool, &mut s.qkv);
+            let sending = exchange();
             hook.queries_ready(index, device, &s.qkv);
+            drop(sending);
+            let attention = range(c"attention");
             device.attention(shape, config.window(index), index, pool, &s.qkv, &mut s.attended, &mut s.lse);
+            drop(attention);
+            let merging = exchange();
             hook.local_done(index, device, &mut s.attended, &mut s.lse);
+            drop(merging);
             let (bias, next) = (layer.output_bias.as_ref(), norm(&layer.mlp_norm));
             device.linear_add_norm(&s.attended, rows, &layer.output, bias, &mut s.residual, next, &mut s.normed);
 
@@ -162,6 +173,7 @@ impl<D: Device> Transformer<D> {
             }
         }
         if logits > 0 {
+            let _head = range(c"logits");
             device.gather(&s.residual, step.logit_rows, &mut s.selected);
             device.rms_norm(&s.selected, logits, norm(&self.final_norm), &mut s.normed);
             let head = self.lm_head.as_ref().unwrap_or(&self.embedding);

@@ -29,7 +29,7 @@ use crate::control::seal::KEY_BYTES;
 use crate::device::cpu::{CpuDevice, CpuHolder, CpuOptions, Math};
 use crate::device::cuda::CudaDevice;
 use crate::device::disk::Stored;
-use crate::device::{DeviceError, HolderKernel};
+use crate::device::{DeviceError, HolderKernel, nvtx};
 use crate::engine::{Command, Engine, EngineConfig, EngineHandle, EngineStats, LogitTap, Lost, Parts, Running};
 use crate::kv::pool::KvPool;
 use crate::kv::prefix::PrefixCache;
@@ -212,6 +212,7 @@ impl Node {
     /// parts name.
     pub fn engine_on<D: EngineDevice>(config: &NodeConfig, mut model: ModelParts) -> Result<Self, NodeError> {
         let shape = model.kv_shape();
+        nvtx::open();
         let mut device = D::make(config.pin, &model)?;
         let fingerprint = fingerprint(&model)?;
         let transformer = Transformer::load(

@@ -13,7 +13,7 @@ use crate::cli::options::{EngineOptions, open_model};
 use crate::device::cpu::bandwidth::ReadSweep;
 use crate::device::cpu::{CpuDevice, Math};
 use crate::device::cuda::CudaDevice;
-use crate::device::{AttnSeq, Choice, Chosen, Device, RowSlot, StepInput};
+use crate::device::{AttnSeq, Choice, Chosen, Device, RowSlot, StepInput, nvtx};
 use crate::kv::pool::KvPool;
 use crate::kv::rblock::KvRun;
 use crate::model::config::ModelConfig;
@@ -91,6 +91,7 @@ where
     parts.kv_bytes = Some(blocks * shape.block_bytes());
     (parts.schedule.max_rows, parts.schedule.max_sequences) = (longest.max(batch).max(1), batch);
     let rows = parts.schedule.max_rows;
+    nvtx::open();
     let mut device = D::make(!args.engine.no_pin, &parts)?;
     let started = Instant::now();
     let model = Transformer::load(&mut device, &config, files.weights.as_ref(), rows, batch, &mut parts.progress)?;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::api;
 use super::driver::{Context, Event, Stream};
 use super::memory::{GpuMemory, Pinned};
+use crate::device::nvtx::range;
 use crate::device::{AttnSeq, DeviceError, Result, StepInput};
 
 /// Steps whose metadata may be on its way while the next is written.
@@ -125,6 +126,7 @@ impl StepMemory {
     /// Copies a step to the device, behind what the stream was given; refuses one
     /// that contradicts itself.
     pub fn upload(&mut self, stream: &Stream, step: &StepInput<'_>, blocks: u32) -> Result<Taken> {
+        let _metadata = range(c"metadata");
         let taken = check(step, &self.layouts[1].capacity, blocks)?;
         let layout = self.layout(taken.rows, taken.seqs);
         let (staging, event) = &mut self.staging[self.next];
