@@ -5,6 +5,8 @@
 //   cc -shared -fPIC -DMATRICES fake_cuda.c -o libcublasLt.so.13
 //
 // -DcuGraphLaunch=gone (of any function) makes a library that lacks it.
+// FAKE_CUDA_LOADED=FILE in the environment: bf16 weights are appended to it, in the
+// order in which they are converted.
 // FAKE_CUDA_BREAKS=N in the environment: the N-th launch of a kernel is an illegal
 // access, and everything after it fails.
 #include <stddef.h>
@@ -125,7 +127,8 @@ int cuEventSynchronize(void *event) { return status(); }
 int cuEventElapsedTime_v2(float *milliseconds, void *from, void *to) { *milliseconds = 1; return status(); }
 
 int cuModuleLoadData(void **module, const void *image) { *module = HANDLE; return 0; }
-int cuModuleGetFunction(void **function, void *module, const char *name) { *function = HANDLE; return 0; }
+// A function is its name.
+int cuModuleGetFunction(void **function, void *module, const char *name) { *function = strdup(name); return 0; }
 int cuFuncSetAttribute(void *function, int attribute, int value) { return 0; }
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, void *function, int threads, size_t shared) {
     *blocks = 1;
@@ -137,7 +140,16 @@ int cuTensorMapEncodeTiled(void *map, int type, unsigned rank, void *address, co
     return 0;
 }
 int cuLaunchKernelEx(const void *config, void *function, void **arguments, void **extra) {
-    return broken ? ILLEGAL_ADDRESS : launch();
+    if (broken) return ILLEGAL_ADDRESS;
+    const char *loaded = getenv("FAKE_CUDA_LOADED");
+    if (loaded && !strncmp(function, "convert_bf16_", 13)) {
+        // As `Convert` in cuda/api.h.
+        const struct { const void *bytes; void *out; uint64_t offset, elements; } *p = arguments[0];
+        FILE *file = fopen(loaded, "a");
+        if (!file || fwrite((const char *)p->bytes + 2 * p->offset, 2, p->elements, file) != p->elements) return 1;
+        fclose(file);
+    }
+    return launch();
 }
 #endif
 

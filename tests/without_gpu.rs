@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use distkv::model::load;
+use distkv::model::weights::{LayerParam, Param};
 use serde_json::{Value, json};
 
 /// Long enough that only a hang reaches it.
@@ -57,9 +59,14 @@ fn text(output: &Output) -> (String, String) {
     (text(&output.stdout), text(&output.stderr))
 }
 
+/// A small model of 3 layers; as [`model_of`].
+fn model(folder: &Path, libraries: &Path) -> Option<String> {
+    model_of(folder, libraries, 128, 320)
+}
+
 /// A model of 3 layers; `None` where this program has no kernels, and none of its
 /// GPU's steps can be begun.
-fn model(folder: &Path, libraries: &Path) -> Option<String> {
+fn model_of(folder: &Path, libraries: &Path, hidden: usize, vocab: usize) -> Option<String> {
     let report = run(&mut distkv(libraries, &["doctor", "--json"]));
     let report: Value = serde_json::from_slice(&report.stdout).unwrap();
     if report["gpus"]["kernels"] == 0 {
@@ -68,8 +75,8 @@ fn model(folder: &Path, libraries: &Path) -> Option<String> {
     }
     let config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
-        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 320, "max_position_embeddings": 2048,
+        "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 3, "num_attention_heads": hidden / 64,
+        "num_key_value_heads": 1, "head_dim": 64, "vocab_size": vocab, "max_position_embeddings": 2048,
         "rope_theta": 10000.0, "tie_word_embeddings": false, "attention_bias": false, "mlp_bias": false
     });
     let (file, out) = (folder.join("config.json"), folder.join("model"));
@@ -132,6 +139,45 @@ fn what_has_no_room_on_the_gpu_is_refused_with_advice() {
     let stderr = serve("100", &[]);
     assert!(stderr.contains("128.0 MiB of the GPU's memory were asked for, for loading weights, "), "{stderr}");
     assert!(stderr.contains(" of 100.0 MiB are free; a smaller model"), "{stderr}");
+}
+
+#[test]
+fn all_weights_reach_the_gpu_in_order_from_the_disk_and_from_the_cache() {
+    let folder = tempfile::tempdir().unwrap();
+    let libraries = libraries(folder.path(), &[]);
+    // More than the memory that they go through holds at once.
+    let Some(model) = model_of(folder.path(), &libraries, 1024, 32_000) else { return };
+    let path = Path::new(&model).join("model.safetensors");
+    let file = std::fs::File::open(&path).unwrap();
+    file.sync_all().unwrap();
+    // The first third of the file is in the cache, if the filesystem forgets at all.
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    let mut third = vec![0; file.metadata().unwrap().len() as usize / 3];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut third, 0).unwrap();
+
+    let (log, arguments) = (folder.path().join("loaded"), ["--device", "cuda:0", "--max-tokens", "1", "--log", "info"]);
+    let mut command =
+        distkv(&libraries, &["generate", "--model", &model, "--prompt", "a", "--kv-tokens-per-node", "64"]);
+    let output = run(command.args(arguments).env("FAKE_CUDA_LOADED", &log));
+    let (_, stderr) = text(&output);
+    assert!(output.status.success(), "{stderr}");
+    let line = stderr.lines().find(|line| line.contains("weights: 0.1")).unwrap_or_else(|| panic!("{stderr}"));
+    println!("{line}");
+
+    let files = load::open(Path::new(&model)).unwrap();
+    let mut expected = Vec::new();
+    let mut add = |param| expected.extend_from_slice(files.weights.get(param).unwrap().bytes);
+    [Param::Embedding, Param::LmHead].into_iter().for_each(&mut add);
+    for layer in 0..3 {
+        use LayerParam as P;
+        let params = [P::AttentionNorm, P::Q, P::K, P::V, P::O, P::MlpNorm, P::Gate, P::Up, P::Down];
+        params.into_iter().for_each(|param| add(Param::Layer(layer, param)));
+    }
+    add(Param::FinalNorm);
+    let loaded = std::fs::read(log).unwrap();
+    assert_eq!(loaded.len(), expected.len());
+    let wrong = loaded.iter().zip(&expected).position(|(a, b)| a != b);
+    assert_eq!(wrong, None, "the first byte that is not the file's");
 }
 
 /// What the fake NVTX counted in a run: ranges by name, and `open`.
