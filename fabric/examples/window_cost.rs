@@ -21,8 +21,7 @@ use distkv_fabric::verbs::device::{
 };
 use distkv_fabric::verbs::sys::*;
 
-/// Bytes of a loan that are opened at once: 4 tokens' and 128 tokens' worth of one
-/// layer of a large model.
+/// Bytes that are opened at once: one layer of one rBlock of an 8B model, and of 32.
 const SIZES: [usize; 2] = [64 << 10, 2 << 20];
 /// Windows of one rBlock, a range a layer.
 const LAYERS: usize = 32;
