@@ -62,9 +62,11 @@ mod tests {
 
     #[test]
     fn a_gpu_computes_in_the_types_of_16_bits() {
-        assert_eq!(Element::of_kv(KvDtype::Bf16).unwrap(), Element::Bf16);
+        for dtype in [KvDtype::Bf16, KvDtype::Fp8] {
+            assert_eq!(Element::of_kv(dtype).unwrap(), Element::Bf16);
+        }
         assert_eq!(Element::of_kv(KvDtype::F16).unwrap(), Element::F16);
         let refused = Element::of_kv(KvDtype::F32).unwrap_err().to_string();
-        assert!(refused.contains("f32") && refused.contains("bf16 or f16 (--kv-dtype)"), "{refused}");
+        assert!(refused.contains("f32") && refused.contains("bf16, f16 or fp8 (--kv-dtype)"), "{refused}");
     }
 }
