@@ -18,7 +18,6 @@ const UNSAFE: &[&str] = &[
     "fabric/src/verbs/request.rs",          // requests as the library takes them, written in place
     "fabric/src/verbs/sys.rs",              // libibverbs, opened at run time
     "fabric/src/verbs/sys/types.rs",        // pointers to functions of libibverbs and its drivers
-    "fabric/examples/window_cost.rs",       // calls libibverbs as C programs do
     "fabric/tests/software_hca.rs",         // calls the software HCA as C programs do
     "fabric/tests/software_hca/rig.rs",     // as above
     "fabric/tests/verbs_device.rs",         // a range that stands for a GPU's
@@ -61,6 +60,7 @@ const UNSAFE: &[&str] = &[
     "src/device/cuda/memory.rs",            // the GPU's memory, and the host's that it reaches
     "src/device/cuda/symbols.rs",           // looks functions of libraries up
     "src/device/cuda/rows.rs",              // launches of kernels over addresses
+    "src/device/cuda/widen.rs",             // launches of kernels over addresses
     "src/device/disk/block.rs",             // threads and the kernel write to disjoint memory
     "src/device/disk/cached.rs",            // a system call that no crate has
     "src/device/disk/reader.rs",            // a ring of memory that is read into
@@ -75,11 +75,12 @@ const UNSAFE: &[&str] = &[
 /// may import anything.
 const IMPORTS: &[(&str, &[&str])] = &[
     ("codec", &[]),
-    ("kv", &[]),
+    ("e4m3", &[]),
+    ("kv", &["e4m3"]),
     ("control", &["kv"]),
     ("schedule", &["kv"]),
     ("sim", &["kv", "control", "schedule"]),
-    ("device", &["kv"]),
+    ("device", &["e4m3", "kv"]),
     ("attention", &["codec", "kv", "control", "schedule", "device"]),
     ("model", &["kv", "device", "attention"]),
     ("engine", &["kv", "control", "schedule", "device", "attention", "model"]),
@@ -88,7 +89,20 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("server", &["kv", "control", "schedule", "device", "attention", "model", "engine", "node", "ingress"]),
     (
         "cli",
-        &["kv", "control", "schedule", "sim", "device", "attention", "model", "engine", "node", "ingress", "server"],
+        &[
+            "e4m3",
+            "kv",
+            "control",
+            "schedule",
+            "sim",
+            "device",
+            "attention",
+            "model",
+            "engine",
+            "node",
+            "ingress",
+            "server",
+        ],
     ),
 ];
 
