@@ -23,7 +23,11 @@ pub fn is_taken(settings: &Settings) -> Result<String, String> {
     let (total, free) = (context.properties().memory, || context.free_memory().map_err(|e| e.to_string()));
     let before = free()?;
     let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
-    let files = model_of(dir.path(), serde_json::json!({}), DType::Bf16);
+    // rBlocks of half a MiB, so that they are not too many.
+    let wide = serde_json::json!({
+        "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128
+    });
+    let files = model_of(dir.path(), wide, DType::Bf16);
     let mut setup = Setup::new(FabricChoice::Shm, KvDtype::Bf16, &[16]);
     (setup.device, setup.whole_device, setup.taps) = (settings.device, true, false);
     let cluster = setup.start_by(&files, Node::engine).map_err(|e| e.to_string())?;
