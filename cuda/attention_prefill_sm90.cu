@@ -2,14 +2,15 @@
 // that stays on its multiprocessor and draws (tile, kv head) pairs until none
 // is left (see prefill_plan.cuh).
 //
-// One warpgroup feeds (prefill_feed.cuh), two compute, 64 packed rows each.
+// One warpgroup feeds (prefill_feed.cuh), two or three compute, 64 packed rows
+// each.
 // Pairs follow each other without a gap, the next one's data coming in under the
 // last one's work.
 //
 // A computing warpgroup starts the scores of a tile, then the product of the
 // last tile's weights with its values, and works on the softmax of the former
-// while the tensor cores finish the latter; the two warpgroups take turns to
-// start, so that one's softmax falls under the other's products
+// while the tensor cores finish the latter; the warpgroups take turns to
+// start, so that one's softmax falls under another's products
 // (FlashAttention-3, sections 3.1 and 3.2).
 #include "prefill_feed.cuh"
 #include "state.cuh"
@@ -58,7 +59,7 @@ template <class T, uint32_t D>
 __device__ __forceinline__ void
 compute(const Prefill &p, Control<D> &control, uint32_t queries_at, uint32_t keys_at, uint32_t values_at) {
     using S = Shape<D>;
-    constexpr uint32_t KEYS = S::KEYS;
+    constexpr uint32_t KEYS = S::KEYS, COMPUTING = S::COMPUTING;
     const uint32_t me = threadIdx.x / 128 - 1;
     const uint32_t lane = threadIdx.x % 32;
     const uint32_t quad = lane % 4;
@@ -363,16 +364,16 @@ template <class T, uint32_t D> __device__ __forceinline__ void prefill(const Pre
         for (uint32_t i = 0; i < S::STAGES; ++i) {
             init(&control.key_full[i], 1);
             init(&control.value_full[i], 1);
-            init(&control.key_empty[i], COMPUTING * 4);
-            init(&control.value_empty[i], COMPUTING * 4);
+            init(&control.key_empty[i], S::COMPUTING * 4);
+            init(&control.value_empty[i], S::COMPUTING * 4);
         }
         for (uint32_t i = 0; i < S::QUERIES; ++i) {
             init(&control.query_full[i], 64);
-            init(&control.query_empty[i], COMPUTING * 4);
+            init(&control.query_empty[i], S::COMPUTING * 4);
         }
         for (uint32_t i = 0; i < 2; ++i) {
             init(&control.pair_full[i], 1);
-            init(&control.pair_empty[i], COMPUTING * 4 + 3);
+            init(&control.pair_empty[i], S::COMPUTING * 4 + 3);
         }
         init(&control.patch, 1);
         barrier_init_done();
@@ -390,7 +391,7 @@ template <class T, uint32_t D> __device__ __forceinline__ void prefill(const Pre
             feed_queries<T, D>(p, control, queries_at);
         }
     } else {
-        registers_more<224>();
+        registers_more<S::REGISTERS>();
         compute<T, D>(p, control, queries_at, keys_at, values_at);
     }
 }
@@ -405,7 +406,7 @@ template <class T, uint32_t D> __device__ __forceinline__ void prefill(const Pre
 #define BODY(T, D) __trap() // built for sm_90a alone
 #endif
 #define PREFILL(T, NAME, D)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(PREFILL_THREADS, 1)                                                   \
+    extern "C" __global__ void __launch_bounds__(Shape<D>::THREADS, 1)                                                   \
         attention_prefill_sm90_d##D##_##NAME(const __grid_constant__ Prefill p,                                        \
                                              const __grid_constant__ CUtensorMap map) {                                \
         BODY(T, D);                                                                                                    \

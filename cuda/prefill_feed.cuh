@@ -8,21 +8,21 @@
 
 namespace distkv {
 
-constexpr uint32_t COMPUTING = 2; // warpgroups, beside the one that feeds
-constexpr uint32_t PREFILL_THREADS = (COMPUTING + 1) * 128;
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-constexpr uint32_t NOWHERE = 0xffffffff;
-
+// What a head_dim makes of a block.
 template <uint32_t D> struct Shape {
-    static constexpr uint32_t ROWS = COMPUTING * 64;      // packed rows a tile
-    static constexpr uint32_t KEYS = D <= 128 ? 128 : 64; // keys a tile
-    static constexpr uint32_t STAGES = 2;                 // tiles of keys, and of values, in flight
+    // Warpgroups, beside the one that feeds. With the narrowest heads a score
+    // costs as much as its two products: a third one keeps both units busy, with
+    // tiles that fit fewer registers (15% more at 8192 tokens).
+    static constexpr uint32_t COMPUTING = D <= 64 ? 3 : 2;
+    static constexpr uint32_t THREADS = (COMPUTING + 1) * 128;
+    static constexpr uint32_t REGISTERS = COMPUTING == 3 ? 152 : 224; // of a thread that computes; 56 of one that feeds
+    static constexpr uint32_t ROWS = COMPUTING * 64;                  // packed rows a tile
+    static constexpr uint32_t KEYS = D <= 64 ? 96 : D <= 128 ? 128 : 64; // keys a tile
+    static constexpr uint32_t STAGES = D <= 64 ? 3 : 2;                  // tiles of keys, and of values, in flight
     // Queries are held in registers where these were seen to have room and it
     // to pay (3% at 128): products then read a third less of shared memory, and
     // the queries' place in it is free at once.
-    static constexpr bool HELD = D > 64 && D <= 128;
+    static constexpr bool HELD = D <= 128;
     static constexpr uint32_t QUERIES = D <= 64 ? 2 : 1; // tiles of queries in flight
     // Shared memory holds columns of 64 elements, with the 128-byte swizzle;
     // what of the last one is behind D is never read. Of keys and values one
@@ -36,6 +36,10 @@ template <uint32_t D> struct Shape {
     static constexpr uint32_t QUERY_BYTES = COLUMNS * ROWS * 128;
     static constexpr uint32_t KEY_BYTES = COLUMNS * KEYS * 128;
 };
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+constexpr uint32_t NOWHERE = 0xffffffff;
 
 // A pair, as its copying warp tells the others.
 struct Pair {
@@ -93,7 +97,7 @@ template <uint32_t D> struct Boxes {
     uint32_t count; // a tile
 
     __device__ __forceinline__ explicit Boxes(uint32_t block_tokens) {
-        keys = min(block_tokens & (0u - block_tokens), Shape<D>::KEYS);
+        keys = min(block_tokens & (0u - block_tokens), Shape<D>::KEYS & (0u - Shape<D>::KEYS));
         shift = 31 - __clz(keys);
         count = Shape<D>::KEYS >> shift;
     }

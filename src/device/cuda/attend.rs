@@ -132,6 +132,36 @@ impl Unit {
     }
 }
 
+/// A tile of the prefill kernel on Hopper: as `Shape` in `cuda/prefill_feed.cuh`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Tile {
+    /// Packed query rows.
+    rows: u32,
+    /// Tiles of them in flight.
+    queries: u32,
+    /// Keys, and values.
+    keys: u32,
+    /// Tiles of either in flight.
+    stages: u32,
+    /// Of a block.
+    threads: u32,
+}
+
+impl Tile {
+    const fn new(head_dim: usize) -> Self {
+        match head_dim {
+            64 => Self { rows: 192, queries: 2, keys: 96, stages: 3, threads: 512 },
+            256 => Self { rows: 128, queries: 1, keys: 64, stages: 2, threads: 384 },
+            _ => Self { rows: 128, queries: 1, keys: 128, stages: 2, threads: 384 },
+        }
+    }
+
+    /// Bytes of shared memory; the first tile begins at a multiple of 1024.
+    const fn shared(self, head_dim: u32) -> u32 {
+        head_dim.div_ceil(64) * 128 * (self.queries * self.rows + 2 * self.stages * self.keys) + 1024
+    }
+}
+
 /// Attention's kernels and what they need between launches.
 pub struct Attention {
     context: Arc<Context>,
@@ -230,11 +260,9 @@ impl Attention {
             true => Some(self.decode_map(stream, shape, pool, address, rows, unit)?),
             false => None,
         };
-        let sm90 = |kernels: &Kernels| {
-            let (columns, queries) = (d.div_ceil(64) as u32, if d == 256 { 1 } else { 2 });
-            let shared = columns * 128 * (queries * 128 + 4 * sm90_keys(d)) + 1024;
-            kernels.typed(&format!("attention_prefill_sm90_d{d}"), shared)
-        };
+        let tile = Tile::new(d);
+        let sm90 =
+            |kernels: &Kernels| kernels.typed(&format!("attention_prefill_sm90_d{d}"), tile.shared(d as u32));
         let sm90_map = |address: u64, blocks: u64| {
             let rows = 2 * blocks * shape.kv_heads as u64 * u64::from(pool.shape().block_tokens);
             self.prefill_map(d, pool.shape().block_tokens, address, rows)
@@ -248,7 +276,7 @@ impl Attention {
         let layer = |layer| sm90_map(address + pool.offset(layer, 0) as u64, u64::from(pool.blocks()));
         let prefill_maps = layers.map(layer).collect::<Result<Vec<_>>>()?;
         let (prefill, grid, tile_rows, tile_keys) = if hopper_takes {
-            (sm90(kernels)?, self.sm90_grid(), SM90_ROWS, sm90_keys(d))
+            (sm90(kernels)?, self.sm90_grid(tile), tile.rows, tile.keys)
         } else {
             let keys = if d == 256 { 32 } else { 64 };
             let pitch = (d as u32 * element as u32 / 16 | 1) * 16;
@@ -279,7 +307,8 @@ impl Attention {
     /// A layer's pool as Hopper's prefill kernel has it brought.
     fn prefill_map(&self, d: usize, block_tokens: u32, address: u64, rows: u64) -> Result<TensorMap> {
         let row_bytes = (d * self.element.size()) as u64;
-        let piece = (block_tokens & block_tokens.wrapping_neg()).min(sm90_keys(d));
+        let keys = Tile::new(d).keys;
+        let piece = (block_tokens & block_tokens.wrapping_neg()).min(keys & keys.wrapping_neg());
         let wide = if d.is_multiple_of(64) { (64, d as u64 / 64) } else { (d as u64, 1) };
         let tensor = Tensor {
             address,
@@ -292,8 +321,8 @@ impl Attention {
         TensorMap::new(self.element, &tensor)
     }
 
-    fn sm90_grid(&self) -> Grid {
-        Grid::new(self.blocks(), 384)
+    fn sm90_grid(&self, tile: Tile) -> Grid {
+        Grid::new(self.blocks(), tile.threads)
     }
 
     fn decode_map(
@@ -456,7 +485,8 @@ impl Attention {
             unsafe {
                 match (widened, tiled.prefill_maps.get(layer)) {
                     (Some(Widened { prefill, map, .. }), _) => {
-                        prefill.launch_with_map(stream, self.sm90_grid(), &arguments, map, false)?;
+                        let grid = self.sm90_grid(Tile::new(shape.head_dim));
+                        prefill.launch_with_map(stream, grid, &arguments, map, false)?;
                     }
                     (None, Some(map)) => {
                         tiled.prefill.launch_with_map(stream, tiled.prefill_grid, &arguments, map, false)?;
@@ -523,7 +553,10 @@ impl Attention {
         }
         if prefills {
             let (tile_rows, tile_keys) = match tiled.widened(taken) {
-                Some(_) => (SM90_ROWS, sm90_keys(shape.head_dim)),
+                Some(_) => {
+                    let tile = Tile::new(shape.head_dim);
+                    (tile.rows, tile.keys)
+                }
                 None => (tiled.tile_rows, tiled.tile_keys),
             };
             let arguments = api::PrefillPlan {
@@ -552,12 +585,6 @@ impl Tiled {
     fn widened(&self, taken: &Taken) -> Option<&Widened> {
         self.widened.as_ref().filter(|widened| widened.holds(taken))
     }
-}
-
-/// Rows and keys of a tile of Hopper's prefill kernel (`cuda/prefill_feed.cuh`).
-const SM90_ROWS: u32 = 128;
-const fn sm90_keys(head_dim: usize) -> u32 {
-    if head_dim > 128 { 64 } else { 128 }
 }
 
 /// What the names of kernels for a pool say of its element, where it is not the
