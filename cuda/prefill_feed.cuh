@@ -18,7 +18,7 @@ template <uint32_t D> struct Shape {
     static constexpr uint32_t REGISTERS = COMPUTING == 3 ? 152 : 224; // of a thread that computes; 56 of one that feeds
     static constexpr uint32_t ROWS = COMPUTING * 64;                  // packed rows a tile
     static constexpr uint32_t KEYS = D <= 64 ? 96 : D <= 128 ? 128 : 64; // keys a tile
-    static constexpr uint32_t STAGES = D <= 64 ? 3 : 2;                  // tiles of keys, and of values, in flight
+    static constexpr uint32_t STAGES = D <= 64 ? 4 : 2;                  // tiles of keys, and of values, in flight
     // Queries are held in registers where these were seen to have room and it
     // to pay (3% at 128): products then read a third less of shared memory, and
     // the queries' place in it is free at once.

@@ -150,7 +150,7 @@ struct Tile {
 impl Tile {
     const fn new(head_dim: usize) -> Self {
         match head_dim {
-            64 => Self { rows: 192, queries: 2, keys: 96, stages: 3, threads: 512 },
+            64 => Self { rows: 192, queries: 2, keys: 96, stages: 4, threads: 512 },
             256 => Self { rows: 128, queries: 1, keys: 64, stages: 2, threads: 384 },
             _ => Self { rows: 128, queries: 1, keys: 128, stages: 2, threads: 384 },
         }
