@@ -354,7 +354,10 @@ struct DecodePlan {
     uint32_t reserved;
 };
 
-// MicroAttention of these items over one layer: (o, lse), or parts of it.
+// Kernels `attention_decode_d<head_dim>_<T>` and, where no item has more than 8
+// columns, `attention_decode_narrow_d<head_dim>_<T>`: MicroAttention of these
+// items over one layer, (o, lse), or parts of it. Cells that end before an
+// item's position are read while the kernel before this one may still run.
 struct Decode {
     const void *qkv;         // T [rows, (heads + 2 kv_heads) * head_dim]: the queries lead each row
     const void *kv;          // T [blocks, 2, kv_heads, block_tokens, head_dim], the layer's (sm_80)

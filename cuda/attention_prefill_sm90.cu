@@ -12,6 +12,7 @@
 // while the tensor cores finish the latter; the warpgroups take turns to
 // start, so that one's softmax falls under another's products
 // (FlashAttention-3, sections 3.1 and 3.2).
+#include "matrix.cuh"
 #include "prefill_feed.cuh"
 #include "state.cuh"
 
@@ -26,29 +27,6 @@ namespace {
 // 2): the weights stay below 2^8, which both types hold, and the accumulators
 // are rarely scaled.
 constexpr float LAZY = 8.0f;
-
-template <class T> __device__ __forceinline__ uint32_t pack(float low, float high);
-template <> __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
-    const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t &>(two);
-}
-template <> __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
-    const __half2 two = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t &>(two);
-}
-
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ void load_matrices(uint32_t *r, uint32_t from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(from)
-                 : "memory");
-}
 
 template <bool VALUE> struct Masked {
     static constexpr bool value = VALUE;
@@ -176,11 +154,11 @@ compute(const Prefill &p, Control<D> &control, uint32_t queries_at, uint32_t key
             factor0 = 1.0f;
             factor1 = 1.0f;
             if ((top0 - max0) * scale > LAZY) {
-                factor0 = exp2_fast((max0 - top0) * scale);
+                factor0 = fast_exp2((max0 - top0) * scale);
                 max0 = top0;
             }
             if ((top1 - max1) * scale > LAZY) {
-                factor1 = exp2_fast((max1 - top1) * scale);
+                factor1 = fast_exp2((max1 - top1) * scale);
                 max1 = top1;
             }
             sum0 *= factor0;
@@ -189,10 +167,10 @@ compute(const Prefill &p, Control<D> &control, uint32_t queries_at, uint32_t key
             const float base1 = max1 * scale;
 #pragma unroll
             for (uint32_t i = 0; i < KEYS / 2; i += 4) {
-                s[i] = exp2_fast(s[i] * scale - base0);
-                s[i + 1] = exp2_fast(s[i + 1] * scale - base0);
-                s[i + 2] = exp2_fast(s[i + 2] * scale - base1);
-                s[i + 3] = exp2_fast(s[i + 3] * scale - base1);
+                s[i] = fast_exp2(s[i] * scale - base0);
+                s[i + 1] = fast_exp2(s[i + 1] * scale - base0);
+                s[i + 2] = fast_exp2(s[i + 2] * scale - base1);
+                s[i + 3] = fast_exp2(s[i + 3] * scale - base1);
                 sum0 += s[i] + s[i + 1];
                 sum1 += s[i + 2] + s[i + 3];
             }

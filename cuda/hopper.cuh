@@ -1,49 +1,14 @@
-// Hopper's asynchronous machinery, thinly: mbarriers, the bulk tensor copy,
-// named barriers, and wgmma with its descriptors. sm_90a only.
+// Hopper's asynchronous machinery, thinly: the bulk tensor copy, named barriers,
+// and wgmma with its descriptors. sm_90a only.
 #pragma once
+#include "barrier.cuh"
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <stdint.h>
 
 namespace distkv {
 
-__device__ __forceinline__ uint32_t shared_address(const void *p) {
-    return uint32_t(__cvta_generic_to_shared(p));
-}
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-// --- mbarriers, by their address in shared memory ---
-
-__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-// Makes the initialised barriers visible to the copy engine.
-__device__ __forceinline__ void barrier_init_done() {
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Arrives, and holds the phase open until `bytes` more have been copied.
-__device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-// Waits until the phase of this parity has completed.
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-    asm volatile("{\n"
-                 ".reg .pred done;\n"
-                 "again:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again;\n"
-                 "}" ::"r"(barrier),
-                 "r"(parity)
-                 : "memory");
-}
 
 // --- copies ---
 
