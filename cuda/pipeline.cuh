@@ -1,43 +1,15 @@
 // How a block of a Hopper kernel is fed: tiles of a matrix that the copy engine
-// brings to shared memory, the barriers that say when they are there, and the
-// order between a kernel and the one before it. Addresses `uint32_t` are in the
-// shared window. Everything here needs sm_90.
+// brings to shared memory, and the barriers of a cluster and of the grid beside
+// those of barrier.cuh. Addresses `uint32_t` are in the shared window.
+// Everything here needs sm_90.
 #pragma once
+#include "barrier.cuh"
+
 #include <cuda.h>
-#include <cuda_runtime.h>
-#include <stdint.h>
 
 namespace distkv {
 
-__device__ __forceinline__ uint32_t shared_address(const void *p) { return uint32_t(__cvta_generic_to_shared(p)); }
-
-// ---- Programmatic launch ----
-
-// Until the kernels before this one are done and their writes are visible.
-__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
-// The next kernel's blocks may be brought up once every block has said this.
-__device__ __forceinline__ void launch_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
 // ---- Barriers ----
-
-__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-// Makes initialised barriers known to the copy engine and to the cluster.
-__device__ __forceinline__ void barrier_init_done() {
-    asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Arrives, and holds the phase open until so many more bytes were copied in.
-__device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
 
 // Arrives at the barrier at this place in block `rank` of the cluster.
 __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
@@ -48,17 +20,8 @@ __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t ran
                  : "memory");
 }
 
-// Until the phase of this parity is over.
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-    asm volatile("{\n\t.reg .pred done;\n\t"
-                 "again:\n\t"
-                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
-                 "@!done bra again;\n\t}" ::"r"(barrier),
-                 "r"(parity)
-                 : "memory");
-}
-
-// The same where other blocks of the cluster arrive, whose writes are then seen.
+// As `barrier_wait`, where other blocks of the cluster arrive, whose writes are
+// then seen.
 __device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
     asm volatile("{\n\t.reg .pred done;\n\t"
                  "again:\n\t"
@@ -66,11 +29,6 @@ __device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t 
                  "@!done bra again;\n\t}" ::"r"(barrier),
                  "r"(parity)
                  : "memory");
-}
-
-// A barrier of the first `threads` threads of a block, apart from barrier 0.
-__device__ __forceinline__ void sync_threads(uint32_t threads) {
-    asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
 }
 
 // ---- Copies ----
