@@ -261,8 +261,7 @@ impl Attention {
             false => None,
         };
         let tile = Tile::new(d);
-        let sm90 =
-            |kernels: &Kernels| kernels.typed(&format!("attention_prefill_sm90_d{d}"), tile.shared(d as u32));
+        let sm90 = |kernels: &Kernels| kernels.typed(&format!("attention_prefill_sm90_d{d}"), tile.shared(d as u32));
         let sm90_map = |address: u64, blocks: u64| {
             let rows = 2 * blocks * shape.kv_heads as u64 * u64::from(pool.shape().block_tokens);
             self.prefill_map(d, pool.shape().block_tokens, address, rows)
