@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 use rustix::io::ReadWriteFlags;
+use rustix::mm::{MapFlags, ProtFlags};
 
 use super::file::StoredFile;
 
@@ -67,13 +68,46 @@ impl Looker {
         let pages = range.end.div_ceil(self.page) - range.start / self.page;
         if self.counts {
             match count(file.file(), &range) {
-                Some(0) => return Share::None,
-                Some(cached) if cached >= pages => return Share::All,
-                Some(_) => return Share::Some,
+                Some(0) if file.is_counted() => return Share::None,
+                // The pages of a file in an overlay are the file's below, which a mapping
+                // finds.
+                Some(0) => match self.resident(file.file(), &range) {
+                    0 => {
+                        file.count_is(0);
+                        return Share::None;
+                    }
+                    cached => return share(cached, pages),
+                },
+                Some(cached) => {
+                    file.count_is(cached);
+                    return share(cached, pages);
+                }
                 None => self.counts = false,
             }
         }
         self.sample(file, range)
+    }
+
+    /// Pages of a range that a mapping of it would find in the cache; 0 where it
+    /// cannot be mapped. For a user whom the kernel counts for: to others it says
+    /// that all are.
+    pub(super) fn resident(&self, file: &File, range: &Range<u64>) -> u64 {
+        let offset = range.start / self.page * self.page;
+        let len = (range.end - offset) as usize;
+        let mut found = vec![0u8; len.div_ceil(self.page as usize)];
+        // SAFETY: a new mapping aliases nothing; it is not read, and is gone before
+        // this returns. One byte is written for each of its pages.
+        unsafe {
+            let flags = (ProtFlags::READ, MapFlags::SHARED);
+            let Ok(at) = rustix::mm::mmap(std::ptr::null_mut(), len, flags.0, flags.1, file, offset) else { return 0 };
+            let looked = libc::mincore(at, len, found.as_mut_ptr());
+            let unmapped = rustix::mm::munmap(at, len);
+            debug_assert!(unmapped.is_ok(), "it was mapped just now");
+            if looked != 0 {
+                return 0;
+            }
+        }
+        found.iter().map(|page| u64::from(page & 1)).sum()
     }
 
     /// Asks for single bytes that must not be waited for, one somewhere in each part
@@ -91,11 +125,15 @@ impl Looker {
             there += u64::from(read == Ok(1));
             all += 1;
         }
-        match there {
-            0 => Share::None,
-            n if n == all => Share::All,
-            _ => Share::Some,
-        }
+        share(there, all)
+    }
+}
+
+fn share(cached: u64, pages: u64) -> Share {
+    match cached {
+        0 => Share::None,
+        cached if cached >= pages => Share::All,
+        _ => Share::Some,
     }
 }
 

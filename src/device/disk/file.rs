@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use rustix::fs::{Advice, AtFlags, OFlags, StatxFlags};
@@ -12,6 +13,8 @@ use rustix::fs::{Advice, AtFlags, OFlags, StatxFlags};
 /// Direct reads begin and end at multiples of this, in the file and in memory, or
 /// of what the filesystem asks for where that is more.
 pub const ALIGN: usize = 4096;
+/// Looks after which it is believed that none of a file's pages are cached.
+const BELIEVED: u32 = 4;
 /// A filesystem that asks for more is read through the page cache.
 const MOST_ALIGN: usize = 1 << 20;
 
@@ -33,6 +36,8 @@ pub struct StoredFile {
     direct: OnceLock<Result<Direct, String>>,
     /// Why direct reads were given up, although the file could be opened for them.
     refused: OnceLock<String>,
+    /// Looks at the page cache that spoke for the kernel's count of this file's pages.
+    counted: AtomicU32,
 }
 
 /// The same file, opened for direct reads.
@@ -51,7 +56,14 @@ impl StoredFile {
 
     /// An open file, `name` for messages.
     pub fn new(file: File, name: String) -> Self {
-        Self { name, file, buffered: OnceLock::new(), direct: OnceLock::new(), refused: OnceLock::new() }
+        Self {
+            name,
+            file,
+            buffered: OnceLock::new(),
+            direct: OnceLock::new(),
+            refused: OnceLock::new(),
+            counted: AtomicU32::new(0),
+        }
     }
 
     /// For messages.
@@ -101,6 +113,17 @@ impl StoredFile {
     /// Direct reads do not work after all.
     pub(super) fn refuse(&self, because: String) {
         let _ = self.refused.set(because);
+    }
+
+    /// That the kernel counts no page of the file in the cache can be believed.
+    pub(super) fn is_counted(&self) -> bool {
+        self.counted.load(Ordering::Relaxed) >= BELIEVED
+    }
+
+    /// The kernel counted so many pages, and nothing spoke against it.
+    pub(super) fn count_is(&self, pages: u64) {
+        let looks = if pages > 0 { BELIEVED } else { 1 };
+        self.counted.fetch_add(looks, Ordering::Relaxed);
     }
 
     /// The same file, opened once more.

@@ -152,6 +152,7 @@ fn cached_blocks_come_from_the_cache_and_the_others_from_the_disk() {
     let whole = 0..bytes.len() as u64;
     for mut looker in [Looker::new(), Looker::that_samples()] {
         assert_eq!(looker.look(&file, whole.clone()), Share::All);
+        assert_eq!(looker.resident(file.file(), &(5000..9000)), 2);
     }
     forget(&file, whole.clone());
     let how = How { block: 256 << 10, depth: 3, threads: 2, io_uring: true, direct: true };
@@ -174,6 +175,7 @@ fn cached_blocks_come_from_the_cache_and_the_others_from_the_disk() {
         file.buffered().read_exact_at(&mut vec![0; 1 << 20], 1 << 20).unwrap();
     };
     second_megabyte_alone();
+    assert_eq!(Looker::new().resident(file.file(), &whole), 256);
     for mut looker in [Looker::new(), Looker::that_samples()] {
         assert_eq!(looker.look(&file, whole.clone()), Share::Some);
         assert_eq!(looker.look(&file, 1 << 20..2 << 20), Share::All);
