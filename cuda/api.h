@@ -261,30 +261,30 @@ struct Argmax {
 //   end 3: out f32 [rows, out] = y
 // Only rows in use are written.
 struct Linear {
-    const float *x_squares;  // [rows, ceil(in / 32)] sums of squares of 32 elements each, or null
+    const float *x_squares;  // [rows, in / 32] sums of squares of 32 elements each, or null
     const float *bias;       // [out] or null
     void *out;               // see above
     void *next;              // T [rows, out] or null
     const float *next_norm;  // [out], with `next`
-    float *squares;          // [rows, ceil(out / 32)], with `next`
+    float *squares;          // [rows, out / 32], with `next`, where out is a multiple of 64
     const uint32_t *rows;    // [1] rows in use
-    uint32_t in_features;    // a multiple of 8
+    uint32_t in_features;    // a multiple of 64
     uint32_t out_features;   // a multiple of 4 (of 32 with end 1)
     uint32_t end;            // see above
     uint32_t tile_units;     // units of 32 features that a block takes at once, 1 ..= 8
-    uint32_t depth;          // times 64 elements of `in` a stage; tile_units * depth <= 8
-    uint32_t splits;         // blocks that share `in`: 1, or the cluster
+    uint32_t depth;          // times 64 elements of `in` a stage: 1, 2, 4 or 8; tile_units * depth <= 8
+    uint32_t splits;         // blocks that share `in`: 1, or the cluster; at most in / (64 depth), rounded up
     float eps;               // of the norm, with `x_squares`
-    uint32_t reserved;       // 0
+    uint32_t pace;           // picoseconds from one KiB of weights that a block asks for to the next, at least
 };
 
 // What the products of one launch have in common.
 struct LinearChain {
-    uint32_t *barrier;    // [1] zero at first; of this chain of kernels alone
-    uint32_t count;       // products, 1 ..= 4
-    uint32_t stages;      // of the ring
-    uint32_t stage_depth; // the largest depth of the products
-    uint32_t ahead;       // stages of product `count`, the next launch's first, to bring to the L2 cache
+    uint32_t *barrier; // [1] zero at first; of this chain of kernels alone
+    uint32_t count;    // products, 1 ..= 4
+    uint32_t stages;   // of the ring
+    uint32_t stage;    // bytes of one: the most that one of the products needs
+    uint32_t reserved; // 0
 };
 
 // ---- Decode attention ----

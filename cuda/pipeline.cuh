@@ -11,11 +11,12 @@ namespace distkv {
 
 // ---- Barriers ----
 
-// Arrives at the barrier at this place in block `rank` of the cluster.
+// Arrives at the barrier at this place in block `rank` of the cluster: what this
+// thread read may be written over. It publishes nothing to that block.
 __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
     asm volatile("{\n\t.reg .b32 peer;\n\t"
                  "mapa.shared::cluster.u32 peer, %0, %1;\n\t"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [peer];\n\t}" ::"r"(barrier),
+                 "mbarrier.arrive.shared::cluster.b64 _, [peer];\n\t}" ::"r"(barrier),
                  "r"(rank)
                  : "memory");
 }
@@ -31,23 +32,51 @@ __device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t 
                  : "memory");
 }
 
+// Barrier 2, for what one warp makes and others wait for, threads of both counted.
+__device__ __forceinline__ void made_arrive(uint32_t threads) {
+    asm volatile("bar.arrive 2, %0;" ::"r"(threads) : "memory");
+}
+__device__ __forceinline__ void made_wait(uint32_t threads) { asm volatile("bar.sync 2, %0;" ::"r"(threads) : "memory"); }
+
+// Barrier 3, likewise.
+__device__ __forceinline__ void scales_arrive(uint32_t threads) {
+    asm volatile("bar.arrive 3, %0;" ::"r"(threads) : "memory");
+}
+__device__ __forceinline__ void scales_wait(uint32_t threads) { asm volatile("bar.sync 3, %0;" ::"r"(threads) : "memory"); }
+
 // ---- Copies ----
 
-// The box at (column, row) of a matrix, into shared memory; its bytes count at
-// `barrier`. The matrix is read once: it is the first to leave the L2 cache.
-__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, uint32_t column, uint32_t row,
-                                         uint32_t barrier) {
-    constexpr uint64_t EVICT_FIRST = 0x12f0000000000000; // what createpolicy.fractional.L2::evict_first gives
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                 "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-                 "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(EVICT_FIRST)
+// What is read once is the first to leave the L2 cache.
+constexpr uint64_t EVICT_FIRST = 0x12f0000000000000; // what createpolicy.fractional.L2::evict_first gives
+
+// The box at (0, b, c) of a tensor, into shared memory; its bytes count at
+// `barrier`, also those that lie outside of the tensor, which are zeros.
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, uint32_t b, uint32_t c, uint32_t barrier) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1, {0, %2, %3}], [%4], %5;" ::"r"(to),
+                 "l"(map), "r"(b), "r"(c), "r"(barrier), "l"(EVICT_FIRST)
                  : "memory");
 }
 
-// The same box into the L2 cache only.
-__device__ __forceinline__ void prefetch_box(const CUtensorMap *map, uint32_t column, uint32_t row) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row)
+// The same where it stays: it is read again soon.
+__device__ __forceinline__ void copy_box_kept(uint32_t to, const CUtensorMap *map, uint32_t b, uint32_t c,
+                                              uint32_t barrier) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {0, %2, %3}], [%4];" ::"r"(to),
+                 "l"(map), "r"(b), "r"(c), "r"(barrier)
                  : "memory");
+}
+
+// The box at (0, 0, 0, d, e).
+__device__ __forceinline__ void copy_box_5(uint32_t to, const CUtensorMap *map, uint32_t d, uint32_t e, uint32_t barrier) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1, {0, 0, 0, %2, %3}], [%4], %5;" ::"r"(to),
+                 "l"(map), "r"(d), "r"(e), "r"(barrier), "l"(EVICT_FIRST)
+                 : "memory");
+}
+
+// A map that will be used soon.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // ---- Matrix instructions ----
@@ -148,8 +177,10 @@ __device__ __forceinline__ void multiply(float (&d)[32], uint64_t a, uint64_t b)
 
 // ---- Barrier of the grid ----
 
-// Its blocks are all resident. The barrier's top bit turns when all have
-// arrived, and the rest is then as it was: nothing has to be reset.
+// Its blocks are all resident. The upper half of the barrier counts the times
+// that all have arrived, the lower half those that have since: it is 0 again
+// each time, and nothing has to be reset. A count, and no parity: who is held up
+// while all others go on still finds that his phase is over.
 __device__ __forceinline__ uint32_t grid_read(const uint32_t *barrier) {
     uint32_t now;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(barrier) : "memory");
@@ -159,34 +190,50 @@ __device__ __forceinline__ uint32_t grid_read(const uint32_t *barrier) {
 // By one thread, after a barrier of its block. What the copy engine of another
 // block is to read counts as another kind of access, hence the proxy fences.
 __device__ __forceinline__ void grid_arrive(uint32_t *barrier) {
-    const uint32_t step = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1;
+    const uint32_t step = blockIdx.x == 0 ? 0x10000u - (gridDim.x - 1) : 1;
     asm volatile("fence.proxy.async.global;\n\t"
                  "red.release.gpu.global.add.u32 [%0], %1;" ::"l"(barrier), "r"(step) : "memory");
 }
 
-// Until all have arrived `times` times since the barrier read `start`.
+// Until all have arrived `times` times since the barrier read `start`, which it
+// did before this block arrived.
 __device__ __forceinline__ void grid_wait(const uint32_t *barrier, uint32_t start, uint32_t times) {
-    while (((grid_read(barrier) ^ start) >> 31) != (times & 1)) {
+    while (((grid_read(barrier) >> 16) - (start >> 16) & 0xffff) < times) {
     }
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 // ---- Clusters ----
 
-// 16 bytes at `at` in the shared memory of block `rank`.
-__device__ __forceinline__ float4 read_peer_4(uint32_t at, uint32_t rank) {
-    float4 v;
-    asm volatile("{\n\t.reg .b32 peer;\n\t"
-                 "mapa.shared::cluster.u32 peer, %4, %5;\n\t"
-                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [peer];\n\t}"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(at), "r"(rank)
+// The place in the shared memory of block `rank` that is `at` in this block's.
+__device__ __forceinline__ uint32_t peer_address(uint32_t at, uint32_t rank) {
+    uint32_t peer;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(at), "r"(rank));
+    return peer;
+}
+
+// Writes, if `so`, one of two values (`second` 0 or 1) to a peer's memory; who waits
+// at its barrier for the bytes sees it. Choice and condition are in here, as sums
+// of the matrix unit that the compiler moves about hold multiplications up.
+__device__ __forceinline__ void store_peer_if(bool so, uint32_t peer, float a, float b, uint32_t second, uint32_t peer_barrier) {
+    asm volatile("{\n\t.reg .pred so, second;\n\t.reg .f32 value;\n\tsetp.ne.b32 so, %4, 0;\n\tsetp.ne.b32 second, %5, 0;\n\t"
+                 "selp.f32 value, %2, %1, second;\n\t"
+                 "@so st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], value, [%3];\n\t}" ::"r"(peer),
+                 "f"(a), "f"(b), "r"(peer_barrier), "r"(uint32_t(so)), "r"(second)
                  : "memory");
-    return v;
+}
+
+// The same into this block's memory.
+__device__ __forceinline__ void store_shared_if(bool so, uint32_t to, float a, float b, uint32_t second) {
+    asm volatile("{\n\t.reg .pred so, second;\n\t.reg .f32 value;\n\tsetp.ne.b32 so, %3, 0;\n\tsetp.ne.b32 second, %4, 0;\n\t"
+                 "selp.f32 value, %2, %1, second;\n\t"
+                 "@so st.shared.b32 [%0], value;\n\t}" ::"r"(to),
+                 "f"(a), "f"(b), "r"(uint32_t(so)), "r"(second)
+                 : "memory");
 }
 
 __device__ __forceinline__ void cluster_arrive() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
 // Says only that this block no longer reads the others' shared memory.

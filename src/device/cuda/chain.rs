@@ -20,13 +20,18 @@ const BUCKETS: [usize; 3] = [8, 16, FEW_ROWS];
 /// Products of a launch.
 const MOST: usize = 4;
 /// Threads of a block.
-const THREADS: u32 = 320;
+const THREADS: u32 = 352;
 /// Blocks of a cluster, which may share the input features of a product.
 const CLUSTER: u32 = 2;
 /// Shared memory of a block: all of a multiprocessor.
 const SHARED: u32 = 232_448;
 /// Stages of the ring, most.
 const STAGES: u32 = 16;
+/// Bytes of a brick, the unit of the weights: 32 features x 64 input features.
+const BRICK: u32 = 4096;
+/// Weights are asked for at this share of what the memory's clock and width give: a
+/// little more than it delivers (0.92 to 0.94, an H200).
+const PACE: f64 = 0.955;
 
 /// What becomes of a product; the numbers are the kernel's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,29 +46,31 @@ pub enum End {
     Logits = 3,
 }
 
-/// How a product is cut up.
+/// How a product is cut up: see `cuda/api.h`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Cut {
     tile_units: u32,
     depth: u32,
     splits: u32,
+    /// KiB of weights that the busiest block is given.
+    share: u32,
 }
 
 /// What the kernel takes: see `cuda/linear.cuh`.
 #[derive(Clone, Copy)]
 #[repr(C, align(128))]
 struct Arguments {
-    weights: [TensorMap; MOST + 1],
+    weights: [TensorMap; MOST],
     x: [TensorMap; MOST],
-    product: [api::Linear; MOST + 1],
+    product: [api::Linear; MOST],
     chain: api::LinearChain,
 }
 
 const _: () = assert!(
-    std::mem::offset_of!(Arguments, x) == 640
-        && std::mem::offset_of!(Arguments, product) == 1152
-        && std::mem::offset_of!(Arguments, chain) == 1592
-        && size_of::<Arguments>() == 1664
+    std::mem::offset_of!(Arguments, x) == 512
+        && std::mem::offset_of!(Arguments, product) == 1024
+        && std::mem::offset_of!(Arguments, chain) == 1376
+        && size_of::<Arguments>() == 1408
 );
 
 #[derive(Clone, Copy)]
@@ -82,6 +89,8 @@ pub struct Chain {
     /// Clusters that are resident at once, by bucket: the kernel's blocks wait for
     /// each other.
     clusters: [u32; BUCKETS.len()],
+    /// Bytes a second that weights are asked for; 0: as they come up.
+    pace: f64,
     barrier: GpuMemory,
     queue: Vec<Queued>,
     bucket: usize,
@@ -102,7 +111,8 @@ impl Chain {
         }
         let barrier = GpuMemory::new(context, 4, "linear layers")?;
         barrier.fill(stream, 0)?;
-        Ok(Some(Self { element, kernels, clusters, barrier, queue: Vec::with_capacity(MOST), bucket: 0 }))
+        let pace = PACE * context.properties().memory_bandwidth as f64;
+        Ok(Some(Self { element, kernels, clusters, pace, barrier, queue: Vec::with_capacity(MOST), bucket: 0 }))
     }
 
     /// Rows that a buffer needs room for, for its `rows` to be taken.
@@ -114,13 +124,14 @@ impl Chain {
     pub fn takes(&self, rows: usize, weight: &Matrix, x: &Buffer, end: End) -> bool {
         let outs = if end == End::Swiglu { 32 } else { 4 };
         rows <= FEW_ROWS
-            && weight.ins().is_multiple_of(8)
+            && weight.ins().is_multiple_of(64)
             && weight.outs().is_multiple_of(outs)
             && x.rows() >= Self::room(rows)
     }
 
     /// Queues `out (+)= x · Wᵀ (+ bias)` of `rows` rows, as `end` says; with a
-    /// norm, the norm of the sum goes to its buffer, not yet scaled.
+    /// norm, the norm of the sum goes to its buffer, not yet scaled: the sum's
+    /// features are then a multiple of 64.
     pub fn push(
         &mut self,
         stream: &Stream,
@@ -139,24 +150,30 @@ impl Chain {
         }
         self.bucket = bucket;
         let (outs, ins, size) = (weight.outs() as u64, weight.ins() as u64, self.element.size() as u64);
-        let weights = Tensor {
-            address: weight.address(),
-            dims: &[ins, outs],
-            strides: &[ins * size],
-            piece: &[64, if end == End::Swiglu { 16 } else { 32 }],
-            swizzle: Swizzle::Bytes128,
-            promotion: 256,
-        };
         let most = BUCKETS[bucket];
+        let cut = Cut::new(weight, most, end, self.clusters[bucket]);
+        let (wide, places) = (ins * size, ins / 64);
+        let (dims, strides, piece): (&[u64], &[u64], &[u32]) = match end {
+            // Gate features and the up features that belong to them.
+            End::Swiglu => (
+                &[64, 16, 2, outs / 32, places],
+                &[wide, outs / 2 * wide, 16 * wide, 64 * size],
+                &[64, 16, 2, cut.tile_units, cut.depth],
+            ),
+            _ => (&[64, outs, places], &[wide, 64 * size], &[64, 32 * cut.tile_units, cut.depth]),
+        };
+        let (swizzle, promotion) = (Swizzle::Bytes128, 128);
+        let weights = Tensor { address: weight.address(), dims, strides, piece, swizzle, promotion };
         let input = Tensor {
             address: x.address(),
-            dims: &[ins, most as u64],
-            strides: &[x.cols() as u64 * size],
-            piece: &[64, most as u32],
-            swizzle: Swizzle::Bytes128,
-            promotion: 128,
+            dims: &[64, most as u64, places],
+            strides: &[x.cols() as u64 * size, 64 * size],
+            piece: &[64, most as u32, cut.depth],
+            swizzle,
+            promotion,
         };
-        let cut = Cut::new(weight, most, end, self.clusters[bucket]);
+        let total = (ins * outs * size) as f64;
+        let pace = if self.pace > 0.0 { total / self.pace / f64::from(cut.share) * 1e12 } else { 0.0 };
         let product = api::Linear {
             x_squares: if x.unscaled.is_some() { x.squares() } else { 0 },
             bias: bias.map_or(0, Vector::address),
@@ -172,7 +189,7 @@ impl Chain {
             depth: cut.depth,
             splits: cut.splits,
             eps: x.unscaled.unwrap_or(0.0),
-            reserved: 0,
+            pace: pace as u32,
         };
         let (weights, x) = (TensorMap::new(self.element, &weights)?, TensorMap::new(self.element, &input)?);
         self.queue.push(Queued { weights, x, product, cut });
@@ -183,21 +200,19 @@ impl Chain {
     pub fn flush(&mut self, stream: &Stream) -> Result<()> {
         let Some(first) = self.queue.first().copied() else { return Ok(()) };
         let rows = BUCKETS[self.bucket] as u32;
-        let depth = self.queue.iter().map(|q| q.cut.depth).max().unwrap_or(1);
-        let stage = 32_768 + depth * rows * 128;
-        let sums = |q: &Queued| q.cut.depth.min(2) * rows * (q.cut.tile_units * 32 + 4) * 4;
-        let sums = self.queue.iter().map(sums).max().unwrap_or(0);
+        let most = |f: fn(&Cut, u32) -> u32| self.queue.iter().map(|q| f(&q.cut, rows)).max().unwrap_or(0);
+        let (stage, sums) = (most(Cut::stage), most(Cut::sums));
         let stages = ((SHARED - 1024 - sums) / stage).min(STAGES);
         let mut arguments = Arguments {
-            weights: [first.weights; MOST + 1],
+            weights: [first.weights; MOST],
             x: [first.x; MOST],
-            product: [first.product; MOST + 1],
+            product: [first.product; MOST],
             chain: api::LinearChain {
                 barrier: self.barrier.address(),
                 count: self.queue.len() as u32,
                 stages,
-                stage_depth: depth,
-                ahead: 0,
+                stage,
+                reserved: 0,
             },
         };
         for (i, queued) in self.queue.drain(..).enumerate() {
@@ -213,31 +228,52 @@ impl Chain {
 }
 
 impl Cut {
-    /// The cut with which the busiest block moves the fewest bytes.
+    /// The cut with which the busiest block has done soonest, by what was measured
+    /// on an H200.
     fn new(weight: &Matrix, rows: usize, end: End, clusters: u32) -> Self {
+        /// Bytes a microsecond that a block is given by the memory.
+        const RATE: f64 = 34_000.0;
+        /// What an x is of, as to the time that it takes: it comes from the cache.
+        const ROWS: f64 = 0.3;
+        /// Microseconds: a stage at least, a tile's end, with a cluster's meeting.
+        const STAGE: f64 = 0.2;
+        const TILE: [f64; 2] = [0.3, 0.35];
         let units = if end == End::Swiglu { weight.outs() / 32 } else { weight.outs().div_ceil(32) };
-        let places = weight.ins().div_ceil(64);
-        let deepest = match rows {
-            8 => 8,
-            16 => 4,
-            _ => 2,
-        };
-        let mut best = (f64::INFINITY, Self { tile_units: 1, depth: 1, splits: 1 });
-        for splits in [1, CLUSTER as usize] {
+        let places = weight.ins() / 64;
+        let mut best = (f64::INFINITY, Self { tile_units: 1, depth: 1, splits: 1, share: 1 });
+        for (splits, tile_end) in [1, CLUSTER as usize].into_iter().zip(TILE) {
             let blocks = if splits == 1 { (clusters * CLUSTER) as usize } else { clusters as usize };
             for tile_units in 1..=8usize {
-                let share = places.div_ceil(splits);
-                let depth = (8 / tile_units).min(deepest).min(share).max(1);
-                let passes = units.div_ceil(tile_units).div_ceil(blocks) as f64;
-                let bytes = passes * share as f64 * (tile_units as f64 * 4096.0 + 0.4 * rows as f64 * 128.0);
-                let fixed = passes * if splits == 1 { 3000.0 } else { 6000.0 };
-                let cost = bytes + fixed + (8 - tile_units * depth) as f64 * 1500.0;
-                if cost < best.0 {
-                    let cut = Self { tile_units: tile_units as u32, depth: depth as u32, splits: splits as u32 };
-                    best = (cost, cut);
+                // Memory is read in order within a place's 128 bytes, times the depth.
+                for (depth, slower) in [(1usize, 1.16), (2, 1.05), (4, 1.0), (8, 1.0)] {
+                    let stages = places.div_ceil(depth);
+                    if tile_units * depth > 8 || stages < splits {
+                        continue;
+                    }
+                    let (stages, passes) = (stages.div_ceil(splits), units.div_ceil(tile_units).div_ceil(blocks));
+                    let bytes = (tile_units * depth) as f64 * f64::from(BRICK);
+                    let stage = (bytes * slower + ROWS * (depth * rows * 128) as f64) / RATE;
+                    // Half a stage more until the first is there.
+                    let cost = passes as f64 * (stages as f64 * stage.max(STAGE) + tile_end) + bytes / RATE / 2.0;
+                    if cost < best.0 {
+                        let share = (passes * stages * tile_units * depth) as u32 * (BRICK / 1024);
+                        let (tile_units, depth, splits) = (tile_units as u32, depth as u32, splits as u32);
+                        best = (cost, Self { tile_units, depth, splits, share });
+                    }
                 }
             }
         }
         best.1
+    }
+
+    /// Bytes of shared memory that a stage takes.
+    fn stage(&self, rows: u32) -> u32 {
+        self.depth * (self.tile_units * BRICK + rows * 128)
+    }
+
+    /// Bytes of shared memory for sums, and at least what is multiplied of a
+    /// stage's last brick without being in the tile.
+    fn sums(&self, rows: u32) -> u32 {
+        (self.depth.min(2) * rows * (self.tile_units * 32 + 4) * 4).max(BRICK)
     }
 }

@@ -53,6 +53,9 @@ pub struct Properties {
     pub memory: usize,
     /// Bytes of shared memory that a block may have.
     pub shared_memory: u32,
+    /// Bytes a second, by the memory's clock and width; 0 where the driver does not
+    /// tell. What can be read is less.
+    pub memory_bandwidth: u64,
     /// Bytes of the second-level cache.
     pub l2: usize,
     /// CUDA version of the driver, as 13.0 is 13000.
@@ -166,6 +169,9 @@ fn properties(device: sys::CUdevice) -> Result<Properties> {
     // SAFETY: the device was given by the driver. Negative: not known.
     let numa = unsafe { result::device::get_attribute(device, A::CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID) };
     let numa = numa.ok().and_then(|node| u32::try_from(node).ok());
+    // kHz, twice a clock; bits.
+    let clock = get(A::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE).unwrap_or(0);
+    let width = get(A::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH).unwrap_or(0);
     Ok(Properties {
         name: result::device::get_name(device).map_err(|e| failed("asking for the GPU's name", e))?,
         capability: (
@@ -175,6 +181,7 @@ fn properties(device: sys::CUdevice) -> Result<Properties> {
         multiprocessors: get(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
         memory,
         shared_memory: get(A::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+        memory_bandwidth: 2 * 1000 * u64::from(clock) * u64::from(width) / 8,
         l2: get(A::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
         driver: driver.max(0) as u32,
         pci: pci(device)?,

@@ -120,8 +120,9 @@ impl Linears {
         check(x, rows, weight, out, weight.outs());
         assert!(out.is_single() && out.cols() == weight.outs(), "a residual stream");
         if let Some(chain) = self.chain.as_mut().filter(|c| c.takes(rows, weight, x, End::Add)) {
-            // A row that is not divided by its root mean square overflows in f16.
-            let next = next.filter(|_| self.element == Element::Bf16);
+            // A row that is not divided by its root mean square overflows in f16;
+            // and what the chain does not take could not scale it.
+            let next = next.filter(|_| self.element == Element::Bf16 && weight.outs().is_multiple_of(64));
             chain.push(stream, counts, x, rows, weight, bias, out, End::Add, next)?;
             return Ok(next.is_some());
         }
