@@ -67,7 +67,7 @@ fn main() {
             continue;
         }
         let raw = weights(dtype, outs * cols);
-        let part = RawTensor { dtype, rows: outs, cols, bytes: &raw, stored: None };
+        let part = RawTensor { dtype, rows: outs, cols, bytes: &raw, stored: None, scales: None };
         // Copies, so that the rotation is larger than a cache.
         let copies = (1 << 29) / raw.len();
         let few: Vec<_> = (0..copies.max(2)).map(|_| device.load_matrix(&[part]).unwrap()).collect();

@@ -10,12 +10,18 @@ mod golden;
 #[path = "common/smollm2.rs"]
 mod smollm2;
 
+use std::path::Path;
+
 use cluster::{Setup, tokens};
-use distkv::device::cpu::Math;
+use distkv::device::cpu::{Math, reference};
 use distkv::device::tensor::DType;
 use distkv::kv::rblock::KvDtype;
+use distkv::model::load::{self, ModelFiles};
+use distkv::model::safetensors::tensor_name;
+use distkv::model::synth::{Scaling, synth_fp8_to};
 use distkv::node::transports::FabricChoice;
 use golden::GoldenModel;
+use half::bf16;
 
 /// Largest difference of logits, as a share of their spread.
 const TOLERANCE: f32 = 1e-3;
@@ -58,6 +64,67 @@ fn every_family_and_option_does_so_with_most_of_its_kv_elsewhere() {
     for model in &GoldenModel::all() {
         holds(model, &[64, 64, 128]);
     }
+}
+
+/// Logits by position and greedy tokens on one node.
+fn run(files: &ModelFiles, model: &GoldenModel) -> (Vec<u32>, Vec<(usize, Vec<f32>)>) {
+    let mut setup = Setup::new(FabricChoice::Shm, KvDtype::F32, &[256]);
+    setup.chunk = 48;
+    let cluster = setup.start(files);
+    let found = tokens(cluster.submit(model.prompt.clone(), model.greedy.len(), true));
+    let logits = cluster.logits.lock().unwrap().clone();
+    cluster.stop();
+    (found, logits)
+}
+
+/// Writes the model in `dir`, as plain f32 of what its weights are once loaded, to
+/// another folder, and opens it.
+fn as_plain_floats(files: &ModelFiles, dir: &Path, to: &Path) -> ModelFiles {
+    let mut tensors = Vec::new();
+    for (param, (rows, cols)) in files.params.all(&files.config) {
+        let tensor = files.weights.get(param).unwrap();
+        let values = reference::dequantize(&tensor);
+        // What is FP8 is held as bf16.
+        let values = values.iter().map(|v| if tensor.scales.is_some() { bf16::from_f32(*v).to_f32() } else { *v });
+        let bytes: Vec<u8> = values.flat_map(f32::to_le_bytes).collect();
+        let shape = if rows == 1 { vec![cols] } else { vec![rows, cols] };
+        tensors.push((tensor_name(param), shape, bytes));
+    }
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        (name, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes).unwrap())
+    });
+    let file = safetensors::serialize(views, None).unwrap();
+    std::fs::write(to.join("model.safetensors"), file).unwrap();
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(dir.join("config.json")).unwrap()).unwrap();
+    config.as_object_mut().unwrap().remove("quantization_config");
+    std::fs::write(to.join("config.json"), config.to_string()).unwrap();
+    load::open(to).unwrap()
+}
+
+#[test]
+fn fp8_models_compute_what_models_of_their_values_do() {
+    let models = GoldenModel::all();
+    let mut checked = 0;
+    for model in models.iter().filter(|m| ["llama-biases", "qwen2", "qwen3"].contains(&m.name.as_str())) {
+        for scaling in [Scaling::Tensor, Scaling::Channel, Scaling::Block] {
+            let (dir, plain_dir) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+            synth_fp8_to(dir.path(), &model.config, model.seed, scaling).unwrap();
+            let files = load::open(dir.path()).unwrap();
+            let plain = as_plain_floats(&files, dir.path(), plain_dir.path());
+            let ((found, logits), (want, plain)) = (run(&files, model), run(&plain, model));
+            assert_eq!(found, want, "{} {scaling:?}: greedy tokens", model.name);
+            assert_eq!(logits.len(), plain.len());
+            for ((position, got), (_, want)) in logits.iter().zip(&plain) {
+                let spread = want.iter().fold(0f32, |a, b| a.max(b.abs()));
+                let apart = got.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                // Only the order of sums differs.
+                assert!(apart <= 1e-4 * spread, "{} {scaling:?}: position {position}: {apart}", model.name);
+            }
+            checked += 1;
+        }
+    }
+    assert_eq!(checked, 9, "goldens are missing");
 }
 
 #[test]

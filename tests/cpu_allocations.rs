@@ -49,12 +49,12 @@ fn allocates_nothing(math: Math) {
     let dtype = DType::Q8_0;
     let mut matrix = |rows, cols: usize| {
         let bytes = &bytes[..dtype.bytes(rows * cols).unwrap()];
-        device.load_matrix(&[RawTensor { dtype, rows, cols, bytes, stored: None }]).unwrap()
+        device.load_matrix(&[RawTensor { dtype, rows, cols, bytes, stored: None, scales: None }]).unwrap()
     };
     let (qkv_weight, o_weight) = (matrix(shape.qkv_width(), hidden), matrix(hidden, hidden));
     let (up_weight, down_weight) = (matrix(2 * hidden, hidden), matrix(hidden, hidden));
     let ones: Vec<u8> = (0..hidden).flat_map(|_| 1f32.to_le_bytes()).collect();
-    let norm = RawTensor { dtype: DType::F32, rows: 1, cols: hidden, bytes: &ones, stored: None };
+    let norm = RawTensor { dtype: DType::F32, rows: 1, cols: hidden, bytes: &ones, stored: None, scales: None };
     let norm = device.load_vector(&[norm]).unwrap();
     let mut buffer = |cols| device.buffer(4, cols).unwrap();
     let (mut x, mut h, mut qkv) = (buffer(hidden), buffer(hidden), buffer(shape.qkv_width()));

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use clap::builder::PossibleValue;
 use clap::{Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
@@ -11,7 +12,7 @@ use crate::device::tensor::DType;
 use crate::kv::rblock::{DEFAULT_BLOCK_TOKENS, KvDtype};
 use crate::model::load::{self, ModelFiles};
 use crate::model::rope::RopeScaling;
-use crate::model::synth;
+use crate::model::synth::{self, Scaling};
 
 /// Inspects models and makes random ones.
 #[derive(Debug, clap::Args)]
@@ -36,7 +37,7 @@ enum Command {
     },
     /// Writes a model of random weights: any shape, for benchmarks and tests.
     #[command(
-        after_help = "Examples:\n  distkv model synth --shape bench-125m --out /tmp/bench\n  distkv model synth --config config.json --seed 7 --dtype f32 --out /tmp/tiny"
+        after_help = "Examples:\n  distkv model synth --shape bench-125m --out /tmp/bench\n  distkv model synth --config config.json --seed 7 --dtype f32 --out /tmp/tiny\n  distkv model synth --shape llama-3-8b --dtype fp8-block --out /tmp/fp8"
     )]
     Synth {
         /// A config.json to fill.
@@ -65,6 +66,12 @@ enum Dtype {
     F32,
     Bf16,
     F16,
+    /// Layers in FP8 with a scale a matrix, the rest bf16.
+    Fp8,
+    /// FP8 with a scale an output feature.
+    Fp8Channel,
+    /// FP8 with a scale a block of 128 x 128.
+    Fp8Block,
 }
 
 /// Runs the subcommand.
@@ -85,12 +92,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                 (None, Some(name)) => synth::shape(&name).with_context(|| format!("no shape is called {name}"))?,
                 (None, None) => bail!("give --config FILE or --shape NAME"),
             };
-            let dtype = match dtype {
-                Dtype::F32 => DType::F32,
-                Dtype::Bf16 => DType::Bf16,
-                Dtype::F16 => DType::F16,
-            };
-            let written = synth::synth_to(&out, &config, seed, dtype)?;
+            let written = match dtype {
+                Dtype::F32 => synth::synth_to(&out, &config, seed, DType::F32),
+                Dtype::Bf16 => synth::synth_to(&out, &config, seed, DType::Bf16),
+                Dtype::F16 => synth::synth_to(&out, &config, seed, DType::F16),
+                Dtype::Fp8 => synth::synth_fp8_to(&out, &config, seed, Scaling::Tensor),
+                Dtype::Fp8Channel => synth::synth_fp8_to(&out, &config, seed, Scaling::Channel),
+                Dtype::Fp8Block => synth::synth_fp8_to(&out, &config, seed, Scaling::Block),
+            }?;
+            let dtype = dtype.to_possible_value();
+            let dtype = dtype.as_ref().map_or("", PossibleValue::get_name);
             match tokenizer {
                 Some(from) => copy_tokenizer(&from, &out)?,
                 None => synth::write_tokenizer(&out, config["vocab_size"].as_u64().unwrap_or(0) as usize)?,

@@ -12,6 +12,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod disk;
 pub mod nvtx;
+pub mod fp8;
 pub mod tensor;
 
 use std::ops::Range;

@@ -13,6 +13,9 @@ pub enum DType {
     F16,
     /// bfloat16.
     Bf16,
+    /// 8-bit float E4M3 ([`crate::e4m3`]); a value is code times scale, and scales
+    /// lie apart ([`Scales`]).
+    F8E4m3,
     /// GGUF: 32 signed bytes and one f16 scale.
     Q8_0,
     /// GGUF: 32 4-bit values and one f16 scale.
@@ -29,7 +32,7 @@ impl DType {
     /// Elements that are stored together.
     pub const fn block_len(self) -> usize {
         match self {
-            Self::F32 | Self::F16 | Self::Bf16 => 1,
+            Self::F32 | Self::F16 | Self::Bf16 | Self::F8E4m3 => 1,
             Self::Q8_0 | Self::Q4_0 | Self::Q4_1 => 32,
             Self::Q4K | Self::Q6K => 256,
         }
@@ -40,6 +43,7 @@ impl DType {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
+            Self::F8E4m3 => 1,
             Self::Q8_0 => 34,
             Self::Q4_0 => 18,
             Self::Q4_1 => 20,
@@ -64,12 +68,31 @@ impl fmt::Display for DType {
             Self::F32 => "f32",
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
+            Self::F8E4m3 => "f8_e4m3",
             Self::Q8_0 => "q8_0",
             Self::Q4_0 => "q4_0",
             Self::Q4_1 => "q4_1",
             Self::Q4K => "q4_k",
             Self::Q6K => "q6_k",
         })
+    }
+}
+
+/// Scales of a matrix of FP8: one for each block of it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scales<'a> {
+    /// Rows and columns that share a scale; the last blocks may have fewer. All of
+    /// the matrix, a row, or 128 × 128 in files as they are found.
+    pub block: (usize, usize),
+    /// `[ceil(rows / block.0), ceil(cols / block.1)]`, row-major; finite and above 0.
+    pub values: &'a [f32],
+}
+
+impl Scales<'_> {
+    /// The scales of a row of a matrix of `cols` columns: one for each `block.1`.
+    pub fn row(&self, row: usize, cols: usize) -> &[f32] {
+        let width = cols.div_ceil(self.block.1);
+        &self.values[row / self.block.0 * width..][..width]
     }
 }
 
@@ -88,4 +111,6 @@ pub struct RawTensor<'a> {
     /// Where the same bytes lie in a file, if they do: for devices that read them
     /// from there rather than through the mapping.
     pub stored: Option<Stored<'a>>,
+    /// What the codes are multiplied with: those of FP8 have them, no others.
+    pub scales: Option<Scales<'a>>,
 }

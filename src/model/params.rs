@@ -100,6 +100,6 @@ impl Extent {
     pub fn of<'a>(&self, mapping: &'a Mapping) -> Option<RawTensor<'a>> {
         let bytes = mapping.bytes().get(self.start..self.start.checked_add(self.len)?)?;
         let stored = Some(Stored { file: mapping.file(), offset: self.start as u64 });
-        Some(RawTensor { dtype: self.dtype, rows: self.rows, cols: self.cols, bytes, stored })
+        Some(RawTensor { dtype: self.dtype, rows: self.rows, cols: self.cols, bytes, stored, scales: None })
     }
 }

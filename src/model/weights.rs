@@ -42,6 +42,19 @@ pub enum LayerParam {
     DownBias,
 }
 
+impl Param {
+    /// Whether it is the matrix of a linear layer (which the embedding is not, tied
+    /// or not).
+    pub fn is_linear(self) -> bool {
+        use LayerParam as P;
+        match self {
+            Self::LmHead => true,
+            Self::Embedding | Self::FinalNorm => false,
+            Self::Layer(_, param) => matches!(param, P::Q | P::K | P::V | P::O | P::Gate | P::Up | P::Down),
+        }
+    }
+}
+
 /// A set of weights on disk, mapped or streamed.
 pub trait WeightSource: Send + Sync {
     /// The parameter's bytes; `None` where the model has no such parameter
@@ -53,6 +66,6 @@ pub trait WeightSource: Send + Sync {
     /// dropped, so that loading never holds the weights twice.
     fn release(&self, param: Param);
 
-    /// Bytes of all parameters.
+    /// Bytes of all parameters, without scales.
     fn total_bytes(&self) -> u64;
 }

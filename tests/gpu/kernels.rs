@@ -245,7 +245,7 @@ fn layer<D: Host>(device: &mut D, pool: &KvPool, case: &RowsCase) -> Vec<(&'stat
     let weights: Vec<Vec<u8>> = sizes.map(|(outs, ins)| bytes(outs * ins, 1.7 / (ins as f32).sqrt())).into();
     let mut vector = |len: usize| bytes(len, 1.0);
     let vectors = [hidden, hidden, shape.head_dim, shape.head_dim, shape.qkv_width(), hidden].map(&mut vector);
-    let raw = |bytes, rows, cols| RawTensor { dtype: DType::Bf16, rows, cols, bytes, stored: None };
+    let raw = |bytes, rows, cols| RawTensor { dtype: DType::Bf16, rows, cols, bytes, stored: None, scales: None };
     let matrices: Vec<D::Matrix> = weights
         .iter()
         .zip(sizes)

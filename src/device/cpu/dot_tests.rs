@@ -49,7 +49,14 @@ impl Case {
         let Self { parts, cols, .. } = self;
         parts
             .iter()
-            .map(|(dtype, rows, bytes)| RawTensor { dtype: *dtype, rows: *rows, cols: *cols, bytes, stored: None })
+            .map(|(dtype, rows, bytes)| RawTensor {
+                dtype: *dtype,
+                rows: *rows,
+                cols: *cols,
+                bytes,
+                stored: None,
+                scales: None,
+            })
             .collect()
     }
 

@@ -104,7 +104,9 @@ impl DotKernel for DotGemv<'_> {
                 DType::Q4_1 => self.panels::<Q4M, D, V>(),
                 DType::Q4K => self.panels::<Q4K, D, V>(),
                 DType::Q6K => self.panels::<Q6K, D, V>(),
-                DType::F32 | DType::F16 | DType::Bf16 => unreachable!("no integer products with plain floats"),
+                DType::F32 | DType::F16 | DType::Bf16 | DType::F8E4m3 => {
+                    unreachable!("no integer products with plain floats")
+                }
             }
         }
     }

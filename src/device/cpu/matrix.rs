@@ -2,13 +2,16 @@
 //! embedding lookups.
 #![allow(unsafe_code)]
 
+use half::bf16;
+
 use super::buffer::{Aligned, Shared};
 use super::format::{Bf16, F16, F32, Format};
 use super::format_blocks::{Q4, Q4K, Q4M, Q6K, Q8};
 use super::simd::PANEL;
 use super::threads::ThreadPool;
 use crate::device::tensor::{DType, RawTensor};
-use crate::device::{DeviceError, Result};
+use crate::device::{DeviceError, Result, fp8};
+use crate::e4m3;
 
 /// Runs `$body` with the type `$F` standing for the packed format of `$dtype`.
 macro_rules! with_format {
@@ -27,6 +30,7 @@ macro_rules! with_format {
                 type $F = format::Bf16;
                 $body
             }
+            $crate::device::tensor::DType::F8E4m3 => unreachable!("FP8 is widened when it is packed"),
             $crate::device::tensor::DType::Q8_0 => {
                 type $F = format_blocks::Q8;
                 $body
@@ -58,6 +62,7 @@ pub(super) const fn group_k(dtype: DType) -> usize {
         DType::F32 => F32::K,
         DType::F16 => F16::K,
         DType::Bf16 => Bf16::K,
+        DType::F8E4m3 => unreachable!(),
         DType::Q8_0 => Q8::K,
         DType::Q4_0 => Q4::K,
         DType::Q4_1 => Q4M::K,
@@ -159,6 +164,15 @@ impl Matrix {
         for part in parts {
             check(part, cols)?;
         }
+        let widened = parts.iter().map(|part| widen(part, threads)).collect::<Result<Vec<_>>>()?;
+        let parts: Vec<RawTensor<'_>> = parts
+            .iter()
+            .zip(&widened)
+            .map(|(part, widened)| match widened {
+                Some(bytes) => RawTensor { dtype: DType::Bf16, bytes, stored: None, scales: None, ..*part },
+                None => *part,
+            })
+            .collect();
         let mut matrix = Self { segments: Vec::new(), outs: 0, cols };
         for same in parts.chunk_by(|a, b| a.dtype == b.dtype) {
             let segment = with_format!(same[0].dtype, F => Segment::pack::<F>(matrix.outs, cols, same, threads))?;
@@ -219,6 +233,29 @@ impl Matrix {
     }
 }
 
+/// FP8 weights as bf16, since that is what they are held in: code times scale in
+/// f32, rounded to nearest even. The memory is that of a bf16 model.
+fn widen(part: &RawTensor<'_>, threads: &mut ThreadPool) -> Result<Option<Vec<u8>>> {
+    let Some(scales) = part.scales else { return Ok(None) };
+    let row_bytes = 2 * part.cols;
+    let mut bytes = vec![0; part.rows * row_bytes];
+    let target = Shared::new(&mut bytes);
+    threads.run(part.rows, 16, &|_, range| {
+        for row in range {
+            // SAFETY: each row is widened by one thread.
+            let out = unsafe { target.range(row * row_bytes..(row + 1) * row_bytes) };
+            let codes = part.bytes[row * part.cols..][..part.cols].chunks(scales.block.1);
+            let out = out.chunks_mut(scales.block.1.saturating_mul(2));
+            for ((codes, out), scale) in codes.zip(out).zip(scales.row(row, part.cols)) {
+                for (&code, out) in codes.iter().zip(out.as_chunks_mut::<2>().0) {
+                    *out = bf16::from_f32(e4m3::to_f32(code) * scale).to_le_bytes();
+                }
+            }
+        }
+    });
+    Ok(Some(bytes))
+}
+
 /// Refuses a part whose bytes do not fit its shape or its neighbours.
 pub(super) fn check(part: &RawTensor<'_>, cols: usize) -> Result<()> {
     if part.cols != cols {
@@ -234,5 +271,5 @@ pub(super) fn check(part: &RawTensor<'_>, cols: usize) -> Result<()> {
             part.bytes.len()
         )));
     }
-    Ok(())
+    fp8::check(part)
 }

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::simd::tests::isas;
 use super::*;
-use crate::device::tensor::DType;
+use crate::device::tensor::{DType, Scales};
 use crate::kv::rblock::{KvDtype, KvShape};
 
 pub(super) const DTYPES: [DType; 8] =
@@ -39,6 +39,7 @@ pub(super) fn raw(dtype: DType, rows: usize, cols: usize, seed: u64) -> Vec<u8> 
         DType::Bf16 => {
             return noise(seed, rows * cols).iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect();
         }
+        DType::F8E4m3 => unreachable!("it has scales, and a test of its own"),
         DType::Q8_0 => put(34, &[0]),
         DType::Q4_0 => put(18, &[0]),
         DType::Q4_1 => put(20, &[0, 2]),
@@ -82,7 +83,7 @@ impl Case {
             .parts
             .iter()
             .zip(&bytes)
-            .map(|(&(dtype, rows), bytes)| RawTensor { dtype, rows, cols, bytes, stored: None })
+            .map(|(&(dtype, rows), bytes)| RawTensor { dtype, rows, cols, bytes, stored: None, scales: None })
             .collect();
         let matrix = device.load_matrix(&parts).unwrap();
         let w: Vec<f32> = parts.iter().flat_map(reference::dequantize).collect();
@@ -182,7 +183,7 @@ fn embedding_rows_are_the_tables() {
     for dtype in DTYPES {
         let mut device = CpuDevice::new(options(Isa::Portable, 2, Math::Exact)).unwrap();
         let bytes = raw(dtype, 50, 256, 3);
-        let table = RawTensor { dtype, rows: 50, cols: 256, bytes: &bytes, stored: None };
+        let table = RawTensor { dtype, rows: 50, cols: 256, bytes: &bytes, stored: None, scales: None };
         let all = reference::dequantize(&table);
         let table = device.load_matrix(&[table]).unwrap();
         let tokens = [49, 0, 31, 32, 0];
@@ -205,9 +206,52 @@ fn embedding_rows_are_the_tables() {
 fn weights_that_contradict_themselves_are_refused() {
     let mut device = CpuDevice::new(options(Isa::Portable, 1, Math::Exact)).unwrap();
     let bytes = [0u8; 64];
-    let tensor = |rows, cols| RawTensor { dtype: DType::Bf16, rows, cols, bytes: &bytes, stored: None };
+    let tensor = |rows, cols| RawTensor { dtype: DType::Bf16, rows, cols, bytes: &bytes, stored: None, scales: None };
     assert!(device.load_matrix(&[tensor(4, 8)]).is_ok());
     assert!(device.load_matrix(&[tensor(4, 7)]).is_err());
     assert!(device.load_matrix(&[tensor(4, 8), tensor(8, 4)]).is_err());
     assert!(device.load_matrix(&[]).is_err());
+}
+
+#[test]
+fn fp8_weights_are_code_times_scale_rounded_to_bf16() {
+    let mut device = CpuDevice::new(options(Isa::Portable, 2, Math::Exact)).unwrap();
+    let (rows, cols, outs) = (3, 144, 150);
+    let codes: Vec<u8> =
+        (0..outs * cols).map(|i| (i * 37 + i / 7) as u8).map(|c| if c & 0x7f == 0x7f { 0 } else { c }).collect();
+    let x = noise(4, rows * cols);
+    for (block, count) in [((outs, cols), 1), ((1, cols), outs), ((128, 128), 4)] {
+        let values: Vec<f32> = noise(5, count).iter().map(|s| (s + 1.5) * 0.01).collect();
+        let scales = Some(Scales { block, values: &values });
+        let part = RawTensor { dtype: DType::F8E4m3, rows: outs, cols, bytes: &codes, stored: None, scales };
+        let value = |out: usize, col: usize| {
+            let scale = values[out / block.0 * cols.div_ceil(block.1) + col / block.1];
+            crate::e4m3::to_f32(codes[out * cols + col]) * scale
+        };
+        let plain: Vec<f32> = (0..outs * cols).map(|i| value(i / cols, i % cols)).collect();
+        assert_eq!(reference::dequantize(&part), plain);
+        let rounded: Vec<f32> = plain.iter().map(|v| half::bf16::from_f32(*v).to_f32()).collect();
+        let matrix = device.load_matrix(&[part]).unwrap();
+        let mut row = vec![0.0; cols];
+        for (i, want) in rounded.chunks_exact(cols).enumerate() {
+            matrix.read_row(i, &mut row);
+            assert_eq!(row, want, "row {i}, {block:?}");
+        }
+        let mut buffer = device.buffer(rows, cols).unwrap();
+        buffer.as_mut_slice().copy_from_slice(&x);
+        let mut out = device.buffer(rows, outs).unwrap();
+        device.linear(&buffer, rows, &matrix, None, &mut out);
+        let want = reference::linear(&x, &rounded, cols, None);
+        let largest = want.iter().fold(0f32, |a, b| a.max(b.abs()));
+        for (got, want) in out.as_slice().iter().zip(&want) {
+            assert!((got - want).abs() <= 1e-5 * largest, "{got}, not {want}");
+        }
+        // Beside other types in one matrix.
+        let other = raw(DType::F16, 8, cols, 9);
+        let other = RawTensor { dtype: DType::F16, rows: 8, cols, bytes: &other, stored: None, scales: None };
+        let matrix = device.load_matrix(&[other, part]).unwrap();
+        matrix.read_row(8 + 131, &mut row);
+        assert_eq!(row, &rounded[131 * cols..132 * cols]);
+        assert!(device.load_matrix(&[RawTensor { scales: None, ..part }]).is_err());
+    }
 }

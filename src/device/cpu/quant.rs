@@ -4,14 +4,17 @@
 use half::{bf16, f16};
 
 use crate::device::tensor::DType;
+use crate::e4m3;
 
-/// Reads a row of `out.len()` elements. `bytes` holds exactly that many.
+/// Reads a row of `out.len()` elements. `bytes` holds exactly that many. Codes of
+/// FP8 are not scaled yet.
 pub fn dequantize_row(dtype: DType, bytes: &[u8], out: &mut [f32]) {
     assert_eq!(Some(bytes.len()), dtype.bytes(out.len()), "{dtype} row of {} elements", out.len());
     match dtype {
         DType::F32 => each::<4>(bytes, out, f32::from_le_bytes),
         DType::F16 => each::<2>(bytes, out, |b| f16::from_le_bytes(b).to_f32()),
         DType::Bf16 => each::<2>(bytes, out, |b| bf16::from_le_bytes(b).to_f32()),
+        DType::F8E4m3 => each::<1>(bytes, out, |[code]| e4m3::to_f32(code)),
         DType::Q8_0 => blocks::<34, 32>(bytes, out, q8_0),
         DType::Q4_0 => blocks::<18, 32>(bytes, out, q4_0),
         DType::Q4_1 => blocks::<20, 32>(bytes, out, q4_1),

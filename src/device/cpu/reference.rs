@@ -17,8 +17,14 @@ use crate::kv::rblock::{KvDtype, KvRun};
 pub fn dequantize(weight: &RawTensor<'_>) -> Vec<f32> {
     let mut out = vec![0.0; weight.rows * weight.cols];
     let row_bytes = weight.dtype.bytes(weight.cols).unwrap_or(0);
-    for (row, bytes) in out.chunks_exact_mut(weight.cols.max(1)).zip(weight.bytes.chunks_exact(row_bytes.max(1))) {
+    let rows = out.chunks_exact_mut(weight.cols.max(1)).zip(weight.bytes.chunks_exact(row_bytes.max(1)));
+    for (i, (row, bytes)) in rows.enumerate() {
         dequantize_row(weight.dtype, bytes, row);
+        if let Some(scales) = weight.scales {
+            for (run, scale) in row.chunks_mut(scales.block.1).zip(scales.row(i, weight.cols)) {
+                run.iter_mut().for_each(|x| *x *= scale);
+            }
+        }
     }
     out
 }

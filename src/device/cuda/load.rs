@@ -254,6 +254,7 @@ fn name(dtype: DType) -> &'static str {
         DType::F32 => "f32",
         DType::F16 => "f16",
         DType::Bf16 => "bf16",
+        DType::F8E4m3 => "f8_e4m3",
         DType::Q8_0 => "q8_0",
         DType::Q4_0 => "q4_0",
         DType::Q4_1 => "q4_1",

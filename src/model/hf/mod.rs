@@ -1,6 +1,8 @@
 //! `config.json` and `generation_config.json` as Hugging Face's transformers
 //! writes them (both its fourth and its fifth version's spelling).
 
+mod quantization;
+
 use serde_json::Value;
 
 use crate::device::{AttentionShape, Rope};
@@ -9,6 +11,8 @@ use crate::model::error::Result;
 use crate::model::fields::{Fields, show};
 use crate::model::params::OptionalParams;
 use crate::model::rope::{self, RopeScaling};
+
+pub use quantization::check_modelopt;
 
 /// Largest layer count that is believed.
 pub(crate) const MAX_LAYERS: usize = 4096;
@@ -137,10 +141,7 @@ pub fn parse(config: &Value, generation: Option<&Value>) -> Result<HfConfig> {
     if !matches!(act, "silu" | "swish") {
         return Err(fields.error("hidden_act", format!("\"{act}\" is not supported; only \"silu\" is")));
     }
-    if let Some(quantization) = fields.raw("quantization_config") {
-        let problem = format!("quantised checkpoints are not supported (use GGUF): {}", show(quantization));
-        return Err(fields.error("quantization_config", problem));
-    }
+    quantization::check(&fields)?;
 
     let required = |name: &str, limit| fields.required(name, fields.count(name, limit)?);
     let layers = required("num_hidden_layers", MAX_LAYERS)?;

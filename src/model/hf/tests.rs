@@ -141,7 +141,7 @@ fn what_is_not_understood_is_named_with_its_value() {
         ("llama", json!({"architectures": ["Qwen2ForCausalLM"]}), "architectures", "does not go with"),
         ("llama", json!({"architectures": "x"}), "architectures", "found \"x\""),
         ("llama", json!({"hidden_act": "gelu"}), "hidden_act", "\"gelu\""),
-        ("llama", json!({"quantization_config": {"quant_method": "gptq"}}), "quantization_config", "gptq"),
+        ("llama", json!({"quantization_config": {"quant_method": "gptq"}}), "quantization_config.quant_method", "gptq"),
         ("llama", json!({"num_local_experts": 8}), "num_local_experts", "8 is not supported"),
         ("llama", json!({"final_logit_softcapping": 30.0}), "final_logit_softcapping", "30.0"),
         ("llama", json!({"embedding_multiplier": 12}), "embedding_multiplier", "12"),
@@ -245,4 +245,88 @@ proptest! {
         }
         let _ = parse_generation(&changed);
     }
+}
+
+fn quantized(quantization: Value) -> std::result::Result<HfConfig, String> {
+    let file = config("llama", json!({"quantization_config": quantization}));
+    parse(&file, None).map_err(|e| e.to_string())
+}
+
+#[test]
+fn fp8_checkpoints_of_every_tool_are_read() {
+    let weights = |strategy: &str, structure: Value| {
+        json!({
+            "quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"],
+            "quantization_status": "compressed", "kv_cache_scheme": null, "sparsity_config": {}, "transform_config": {},
+            "config_groups": {"group_0": {
+                "targets": ["Linear"], "output_activations": null, "format": null,
+                "weights": {
+                    "num_bits": 8, "type": "float", "strategy": strategy, "symmetric": true, "dynamic": false,
+                    "block_structure": structure
+                },
+                "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": true}
+            }}
+        })
+    };
+    for accepted in [
+        json!({"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}),
+        json!({"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}),
+        json!({"quant_method": "fp8", "weight_block_size": null, "modules_to_not_convert": ["model.layers.0.mlp"]}),
+        json!({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}),
+        json!({"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": {"num_bits": 8, "type": "float"}}),
+        json!({"quant_method": "modelopt", "quant_algo": "fp8_pb_wo"}),
+        weights("tensor", Value::Null),
+        weights("channel", Value::Null),
+        weights("block", json!([128, 128])),
+    ] {
+        quantized(accepted).unwrap();
+    }
+    check_modelopt(&json!({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}})).unwrap();
+}
+
+#[test]
+fn other_quantised_checkpoints_are_refused_by_name() {
+    let compressed = |changes: Value| {
+        let mut config = json!({
+            "quant_method": "compressed-tensors",
+            "config_groups": {"group_0": {
+                "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": true}
+            }}
+        });
+        for (path, value) in changes.as_object().unwrap() {
+            *config.pointer_mut("/config_groups/group_0/weights").unwrap().get_mut(path).unwrap() = value.clone();
+        }
+        config
+    };
+    for (refused, field, says) in [
+        (json!({"quant_method": "gptq", "bits": 4}), "quant_method", "gptq"),
+        (json!({"bits": 4}), "quant_method", "missing"),
+        (json!({"quant_method": "fp8", "fmt": "e5m2"}), "fmt", "e5m2"),
+        (json!({"quant_method": "fp8", "weight_block_size": [64, 128]}), "weight_block_size", "[64,128]"),
+        (json!({"quant_method": "modelopt", "quant_algo": "NVFP4"}), "quant_algo", "NVFP4"),
+        (json!({"quant_method": "modelopt"}), "quant_algo", "missing"),
+        (json!({"quant_method": "compressed-tensors"}), "config_groups", "missing"),
+        (
+            json!({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}),
+            "format",
+            "pack-quantized",
+        ),
+        (
+            json!({
+                "quant_method": "compressed-tensors", "config_groups": {}, "transform_config": {"config_groups": {}}
+            }),
+            "transform_config",
+            "not supported",
+        ),
+        (compressed(json!({"num_bits": 4})), "num_bits", "4"),
+        (compressed(json!({"type": "int"})), "num_bits", "int"),
+        (compressed(json!({"symmetric": false})), "symmetric", "zero point"),
+        (compressed(json!({"strategy": "group"})), "strategy", "group"),
+    ] {
+        let error = quantized(refused).unwrap_err();
+        assert!(error.contains("quantization_config.") && error.contains(field) && error.contains(says), "{error}");
+    }
+    let error = check_modelopt(&json!({"quantization": {"quant_algo": "W4A8_AWQ"}})).unwrap_err().to_string();
+    assert!(error.contains("hf_quant_config.json: `quantization.quant_algo`") && error.contains("W4A8_AWQ"), "{error}");
+    assert!(check_modelopt(&json!({})).is_err());
 }

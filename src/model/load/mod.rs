@@ -80,6 +80,9 @@ fn open_hf(dir: &Path) -> Result<ModelFiles> {
         .ok_or_else(|| ModelError::file(&dir.display().to_string(), "has no config.json"))?;
     let generation = read_json(&dir.join("generation_config.json"))?;
     let mut parsed = hf::parse(&config, generation.as_ref())?;
+    if let Some(file) = read_json(&dir.join("hf_quant_config.json"))? {
+        hf::check_modelopt(&file)?;
+    }
     let tokenizer = Tokenizer::open(dir)?;
     if parsed.model.eos.is_empty() {
         // Neither file names an end: the tokenizer's, if the model can say it.

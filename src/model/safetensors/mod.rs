@@ -1,5 +1,7 @@
 //! Weights in Hugging Face's safetensors, one file or sharded.
 
+mod scales;
+
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
@@ -11,11 +13,14 @@ use crate::model::error::{ModelError, Result};
 use crate::model::mapping::Mapping;
 use crate::model::params::{Extent, OptionalParams};
 use crate::model::weights::{LayerParam, Param, WeightSource};
+use scales::OwnScales;
 
 /// The model's weights in mapped safetensors files.
 pub struct SafetensorsWeights {
     files: Vec<Mapping>,
     tensors: Places,
+    /// Of those in FP8.
+    scales: HashMap<Param, OwnScales>,
     total: u64,
 }
 
@@ -53,6 +58,17 @@ pub fn tensor_name(param: Param) -> String {
 /// Each parameter's file and place in it.
 type Places = HashMap<Param, (usize, Extent)>;
 
+/// A file's name and bytes.
+type File<'a> = (&'a str, &'a [u8]);
+
+/// What the files hold of a model. `total` is the bytes of all parameters, without
+/// scales.
+struct Assigned {
+    tensors: Places,
+    scales: HashMap<Param, OwnScales>,
+    total: u64,
+}
+
 /// One tensor of a file: type, shape and byte range in the file.
 struct Found {
     file: usize,
@@ -74,16 +90,17 @@ impl SafetensorsWeights {
             list(&mapping, files.len(), &mut found)?;
             files.push(mapping);
         }
-        let names: Vec<&str> = files.iter().map(Mapping::name).collect();
-        let (tensors, total) = assign(&names, found, config, params)?;
-        Ok(Self { files, tensors, total })
+        let all: Vec<File<'_>> = files.iter().map(|f| (f.name(), f.bytes())).collect();
+        let Assigned { tensors, scales, total } = assign(&all, found, config, params)?;
+        Ok(Self { files, tensors, scales, total })
     }
 }
 
 impl WeightSource for SafetensorsWeights {
     fn get(&self, param: Param) -> Option<RawTensor<'_>> {
         let (file, extent) = self.tensors.get(&param)?;
-        extent.of(self.files.get(*file)?)
+        let tensor = extent.of(self.files.get(*file)?)?;
+        Some(RawTensor { scales: self.scales.get(&param).map(OwnScales::view), ..tensor })
     }
 
     fn release(&self, param: Param) {
@@ -159,42 +176,47 @@ fn parse_header(file: &str, bytes: &[u8]) -> Result<Vec<(String, Found)>> {
 /// bytes of all parameters. Any bytes give a result or an error.
 pub fn check_file(file: &str, bytes: &[u8], config: &ModelConfig, params: OptionalParams) -> Result<u64> {
     let found = parse_header(file, bytes)?.into_iter().collect();
-    Ok(assign(&[file], found, config, params)?.1)
+    Ok(assign(&[(file, bytes)], found, config, params)?.total)
 }
 
-/// The model's parameters among what was found in the files called `names`:
-/// for each its file and where in it, and bytes of all.
+/// The model's parameters among what was found in `files`: for each its file and
+/// where in it, and the scales of those in FP8.
 fn assign(
-    names: &[&str],
+    files: &[File<'_>],
     mut found: HashMap<String, Found>,
     config: &ModelConfig,
     params: OptionalParams,
-) -> Result<(Places, u64)> {
-    let mut tensors = HashMap::new();
-    let mut total = 0u64;
+) -> Result<Assigned> {
+    let mut assigned = Assigned { tensors: HashMap::new(), scales: HashMap::new(), total: 0 };
     for (param, shape) in params.all(config) {
         let name = tensor_name(param);
         let Some(tensor) = found.remove(&name) else {
-            let at = names.first().copied().unwrap_or("model.safetensors");
+            let at = files.first().map_or("model.safetensors", |(name, _)| name);
             return Err(ModelError::tensor(at, name, "missing"));
         };
-        let extent = check(names[tensor.file], &name, &tensor, shape)?;
-        total += extent.len as u64;
-        tensors.insert(param, (tensor.file, extent));
+        let extent = check(files[tensor.file].0, &name, &tensor, shape, param.is_linear())?;
+        if extent.dtype == DType::F8E4m3 {
+            assigned.scales.insert(param, scales::take(files, &mut found, &name, tensor.file, shape)?);
+        }
+        assigned.total += extent.len as u64;
+        assigned.tensors.insert(param, (tensor.file, extent));
     }
     for (name, tensor) in &found {
-        refuse_unexpected(names[tensor.file], name, config)?;
+        refuse_unexpected(files[tensor.file].0, name, config)?;
+        scales::refuse_unused(files[tensor.file].0, name, &found)?;
     }
-    Ok((tensors, total))
+    Ok(assigned)
 }
 
-fn check(file: &str, name: &str, tensor: &Found, (rows, cols): (usize, usize)) -> Result<Extent> {
+fn check(file: &str, name: &str, tensor: &Found, (rows, cols): (usize, usize), linear: bool) -> Result<Extent> {
     let dtype = match tensor.dtype {
         Dtype::F32 => DType::F32,
         Dtype::F16 => DType::F16,
         Dtype::BF16 => DType::Bf16,
+        Dtype::F8_E4M3 if linear => DType::F8E4m3,
         other => {
-            let problem = format!("type {other:?} is not supported; F32, F16 and BF16 are");
+            let fp8 = if linear { ", and F8_E4M3 with scales" } else { "" };
+            let problem = format!("type {other:?} is not supported here; F32, F16 and BF16 are{fp8}");
             return Err(ModelError::tensor(file, name, problem));
         }
     };

@@ -14,7 +14,14 @@
 //!   selective, and 1 elsewhere.
 //!
 //! `scripts/goldens.py` does the same in numpy.
+//!
+//! In FP8 the matrices of the layers are codes with scales, all else is bf16.
+//! Scale `j` is `a/448`, times 1, 1.25, 1.5 or 1.75 by the top bits of
+//! `splitmix64(key ^ j)`, rounded up to bf16, so that no value is too large and no
+//! two neighbours need have the same; an element's code is that nearest to value
+//! over scale.
 
+mod fp8;
 mod shapes;
 mod text;
 
@@ -30,6 +37,7 @@ use crate::model::hf;
 use crate::model::safetensors::tensor_name;
 use crate::model::weights::{LayerParam, Param};
 
+pub use fp8::Scaling;
 pub use shapes::{SHAPES, shape};
 pub use text::{TOY_SPECIALS, write_tokenizer};
 
@@ -109,13 +117,50 @@ fn spread(gain: f64, cols: usize) -> f32 {
     (3.0 * gain / cols as f64).sqrt() as f32
 }
 
+/// What a tensor's elements are.
+enum Content {
+    Plain(DType, Generator),
+    Codes(fp8::Codes),
+    Scales(fp8::Codes),
+}
+
+impl Content {
+    /// As safetensors names the type, and bytes an element.
+    fn stored(&self) -> (&'static str, usize) {
+        match self {
+            Self::Plain(DType::F16, _) => ("F16", 2),
+            Self::Plain(DType::Bf16, _) => ("BF16", 2),
+            Self::Plain(..) => ("F32", 4),
+            Self::Codes(_) => ("F8_E4M3", 1),
+            Self::Scales(codes) => codes.scales_stored(),
+        }
+    }
+
+    /// Elements from `first` on, little-endian, until `out` is full.
+    fn fill(&self, first: u64, out: &mut [u8]) {
+        match self {
+            Self::Plain(dtype, generator) => generator.fill(*dtype, first, out),
+            Self::Codes(codes) => codes.fill(first, out),
+            Self::Scales(codes) => codes.fill_scales(first, out),
+        }
+    }
+}
+
 /// One tensor to write.
 struct Planned {
     name: String,
     shape: Vec<usize>,
-    elements: u64,
-    bytes: u64,
-    generator: Generator,
+    content: Content,
+}
+
+impl Planned {
+    fn elements(&self) -> u64 {
+        self.shape.iter().map(|n| *n as u64).product()
+    }
+
+    fn bytes(&self) -> u64 {
+        self.elements() * self.content.stored().1 as u64
+    }
 }
 
 /// What was written.
@@ -123,61 +168,86 @@ struct Planned {
 pub struct Synthesized {
     /// Parameters.
     pub parameters: u64,
-    /// Bytes of weights.
+    /// Bytes of weights, without scales.
     pub bytes: u64,
     /// Safetensors files.
     pub files: usize,
 }
 
 /// Writes a model of random weights into `dir` (made where it is missing):
-/// `config.json` as given and the weights, sharded where they are large. `dtype`
-/// is f32, bf16 or f16.
+/// `config.json` as given, but for what it says of quantised weights, and the
+/// weights, sharded where they are large. `dtype` is f32, bf16 or f16.
 pub fn synth_to(dir: &Path, config_json: &Value, seed: u64, dtype: DType) -> Result<Synthesized> {
     if !matches!(dtype, DType::F32 | DType::F16 | DType::Bf16) {
         return Err(ModelError::file(&dir.display().to_string(), format!("cannot write {dtype}; f32, bf16, f16 can")));
     }
-    let config = hf::parse(config_json, None)?;
+    write_model(dir, config_json, seed, dtype, None)
+}
+
+/// The same with linear layers in FP8 and scales of this kind, as tools write them
+/// that quantise models (`config.json` then says so).
+pub fn synth_fp8_to(dir: &Path, config_json: &Value, seed: u64, scaling: Scaling) -> Result<Synthesized> {
+    write_model(dir, config_json, seed, DType::Bf16, Some(scaling))
+}
+
+fn write_model(dir: &Path, config_json: &Value, seed: u64, dtype: DType, fp8: Option<Scaling>) -> Result<Synthesized> {
+    let mut config_json = config_json.clone();
+    if let Some(fields) = config_json.as_object_mut() {
+        fields.remove("quantization_config");
+        fields.extend(fp8.map(|scaling| ("quantization_config".to_owned(), scaling.config())));
+    }
+    let config = hf::parse(&config_json, None)?;
     std::fs::create_dir_all(dir).map_err(|e| ModelError::io(dir, e))?;
     let mut shards: Vec<Vec<Planned>> = vec![Vec::new()];
-    let (mut filled, mut total, mut parameters) = (0u64, 0u64, 0u64);
+    let (mut filled, mut total) = (0u64, 0u64);
+    let mut written = Synthesized { parameters: 0, bytes: 0, files: 0 };
     for (param, (rows, cols)) in config.params.all(&config.model) {
-        let elements = rows as u64 * cols as u64;
-        let bytes = elements * dtype.block_bytes() as u64;
         let vector = matches!(param, Param::FinalNorm) || is_vector(param);
-        let tensor = Planned {
-            name: tensor_name(param),
-            shape: if vector { vec![cols] } else { vec![rows, cols] },
-            elements,
-            bytes,
-            generator: Generator::new(seed, param, cols),
+        let shape = if vector { vec![cols] } else { vec![rows, cols] };
+        let (name, generator) = (tensor_name(param), Generator::new(seed, param, cols));
+        // Such files mostly leave the output projection as it was.
+        let scaling = fp8.filter(|_| param.is_linear() && param != Param::LmHead);
+        let tensors = match scaling.map(|scaling| fp8::Codes::new(generator, scaling, rows, cols)) {
+            None => vec![Planned { name, shape, content: Content::Plain(dtype, generator) }],
+            Some(codes) => {
+                let scales = Planned {
+                    name: format!("{name}{}", codes.scales_name()),
+                    shape: codes.scales_shape(),
+                    content: Content::Scales(codes.clone()),
+                };
+                vec![Planned { name, shape, content: Content::Codes(codes) }, scales]
+            }
         };
-        if filled > 0 && filled + bytes > SHARD_BYTES {
-            shards.push(Vec::new());
-            filled = 0;
-        }
-        filled += bytes;
-        total += bytes;
-        parameters += elements;
-        if let Some(shard) = shards.last_mut() {
-            shard.push(tensor);
+        written.parameters += tensors[0].elements();
+        written.bytes += tensors[0].bytes();
+        for tensor in tensors {
+            if filled > 0 && filled + tensor.bytes() > SHARD_BYTES {
+                shards.push(Vec::new());
+                filled = 0;
+            }
+            filled += tensor.bytes();
+            total += tensor.bytes();
+            if let Some(shard) = shards.last_mut() {
+                shard.push(tensor);
+            }
         }
     }
 
-    write_json(&dir.join("config.json"), config_json)?;
+    write_json(&dir.join("config.json"), &config_json)?;
     let mut weight_map = Map::new();
     for (i, shard) in shards.iter().enumerate() {
         let file = match shards.len() {
             1 => "model.safetensors".to_owned(),
             n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
         };
-        write_shard(&dir.join(&file), shard, dtype)?;
+        write_shard(&dir.join(&file), shard)?;
         weight_map.extend(shard.iter().map(|t| (t.name.clone(), Value::String(file.clone()))));
     }
     if shards.len() > 1 {
         let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
         write_json(&dir.join("model.safetensors.index.json"), &index)?;
     }
-    Ok(Synthesized { parameters, bytes: total, files: shards.len() })
+    Ok(Synthesized { files: shards.len(), ..written })
 }
 
 fn is_vector(param: Param) -> bool {
@@ -190,19 +260,14 @@ fn write_json(path: &Path, value: &Value) -> Result<()> {
     std::fs::write(path, format!("{value:#}\n")).map_err(|e| ModelError::io(path, e))
 }
 
-fn write_shard(path: &Path, tensors: &[Planned], dtype: DType) -> Result<()> {
+fn write_shard(path: &Path, tensors: &[Planned]) -> Result<()> {
     let io = |e| ModelError::io(path, e);
-    let type_name = match dtype {
-        DType::F16 => "F16",
-        DType::Bf16 => "BF16",
-        _ => "F32",
-    };
     let mut header = Map::new();
     header.insert("__metadata__".into(), json!({"format": "pt"}));
     let mut offset = 0u64;
     for tensor in tensors {
-        let end = offset + tensor.bytes;
-        let entry = json!({"dtype": type_name, "shape": tensor.shape, "data_offsets": [offset, end]});
+        let end = offset + tensor.bytes();
+        let entry = json!({"dtype": tensor.content.stored().0, "shape": tensor.shape, "data_offsets": [offset, end]});
         header.insert(tensor.name.clone(), entry);
         offset = end;
     }
@@ -213,27 +278,27 @@ fn write_shard(path: &Path, tensors: &[Planned], dtype: DType) -> Result<()> {
     let mut out = BufWriter::with_capacity(1 << 20, File::create(path).map_err(io)?);
     out.write_all(&(header.len() as u64).to_le_bytes()).map_err(io)?;
     out.write_all(&header).map_err(io)?;
-    let size = dtype.block_bytes();
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut batch = vec![0u8; threads * CHUNK * size];
+    let mut batch = Vec::new();
     for tensor in tensors {
+        let (elements, size) = (tensor.elements(), tensor.content.stored().1);
         let mut index = 0;
-        while index < tensor.elements {
-            let elements = (tensor.elements - index).min((threads * CHUNK) as u64);
-            let batch = &mut batch[..elements as usize * size];
-            let generator = &tensor.generator;
+        while index < elements {
+            let now = (elements - index).min((threads * CHUNK) as u64);
+            batch.resize(now as usize * size, 0u8);
+            let content = &tensor.content;
             std::thread::scope(|scope| {
                 let mut parts = batch.chunks_mut(CHUNK * size).zip((index..).step_by(CHUNK));
                 let own = parts.next();
                 for (part, first) in parts {
-                    scope.spawn(move || generator.fill(dtype, first, part));
+                    scope.spawn(move || content.fill(first, part));
                 }
                 if let Some((part, first)) = own {
-                    generator.fill(dtype, first, part);
+                    content.fill(first, part);
                 }
             });
-            out.write_all(batch).map_err(io)?;
-            index += elements;
+            out.write_all(&batch).map_err(io)?;
+            index += now;
         }
     }
     out.flush().map_err(io)

@@ -1,6 +1,7 @@
 use serde_json::json;
 
 use super::*;
+use crate::device::cpu::reference;
 use crate::model::load;
 
 fn tiny() -> Value {
@@ -74,4 +75,37 @@ fn every_named_shape_is_a_model() {
 fn a_vocabulary_too_small_for_the_toy_tokenizer_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     assert!(write_tokenizer(dir.path(), 100).unwrap_err().to_string().contains("vocab_size"));
+}
+
+#[test]
+fn fp8_weights_are_near_those_that_they_stand_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = tiny();
+    (config["hidden_size"], config["intermediate_size"]) = (json!(160), json!(144));
+    synth_to(dir.path(), &config, 5, DType::F32).unwrap();
+    let plain = load::open(dir.path()).unwrap();
+    for scaling in [Scaling::Tensor, Scaling::Channel, Scaling::Block] {
+        let dir = tempfile::tempdir().unwrap();
+        let written = synth_fp8_to(dir.path(), &config, 5, scaling).unwrap();
+        let model = load::open(dir.path()).unwrap();
+        assert_eq!(model.weights.total_bytes(), written.bytes);
+        for param in [LayerParam::Q, LayerParam::Gate, LayerParam::Down].map(|p| Param::Layer(1, p)) {
+            let (want, got) = (plain.weights.get(param).unwrap(), model.weights.get(param).unwrap());
+            let (want, values) = (reference::dequantize(&want), reference::dequantize(&got));
+            let largest = want.iter().fold(0f32, |a, b| a.max(b.abs()));
+            for (want, got) in want.iter().zip(&values) {
+                // Three bits of mantissa, and no exponent below 2^-6 of a 448th.
+                let room = want.abs() / 16.0 + largest / 448.0 / 256.0;
+                assert!((want - got).abs() <= room, "{param:?} {scaling:?}: {got}, not {want}");
+            }
+            assert!(got.scales.unwrap().values.len() >= if scaling == Scaling::Tensor { 1 } else { 4 });
+        }
+        // A configuration that says FP8 is one of plain weights when these are written.
+        let text = std::fs::read(dir.path().join("config.json")).unwrap();
+        let fp8: Value = serde_json::from_slice(&text).unwrap();
+        assert!(fp8["quantization_config"]["quant_method"].is_string());
+        synth_to(dir.path(), &fp8, 5, DType::Bf16).unwrap();
+        let model = load::open(dir.path()).unwrap();
+        assert!(model.weights.get(Param::Layer(0, LayerParam::Q)).unwrap().scales.is_none());
+    }
 }
