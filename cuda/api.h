@@ -287,6 +287,62 @@ struct LinearChain {
     uint32_t reserved; // 0
 };
 
+// --- FP8 weights ---
+
+// How scales of FP8 weights lie: f32 [ceil(out / 2^scale_shift), scale_cols]. A
+// scale is that of 2^scale_shift features and, with more than one column, of 128
+// elements of `in`, else of all.
+
+// Kernels `linear_fp8_m<rows>_<T>` (rows = 16 or 32; one column of scales) and
+// `linear_fp8_blocks_m<rows>_<T>`, and, for up to 8 rows, `linear_fp8_few_b<most
+// bricks>_<T>` and `linear_fp8_few_blocks_b<most bricks>_<T>` (4 or 14): y[r] = x[r] . (W * scales)^T + bias.
+//   end 0: out T [rows, out] = y
+//   end 1: out T [rows, out / 2] = silu(y[..out / 2]) * y[out / 2..]
+//   end 2: out f32 [rows, out] += y
+//   end 3: out f32 [rows, out] = y
+// With end 1 out / 2 is a multiple of 16. Only rows in use are written.
+struct LinearFp8 {
+    const void *weights;    // [out, in] packed for T (fp8.cuh), 16-byte aligned
+    const float *scales;    // see above
+    const void *x;          // T [rows, x_stride], 16-byte aligned
+    const float *bias;      // [out] or null
+    void *out;              // see above
+    const uint32_t *rows;   // [1] rows of the step in use
+    uint32_t first;         // row of the step that x and out begin with
+    uint32_t x_stride;      // elements from one row of x to the next, a multiple of 8
+    uint32_t in_features;   // a multiple of 16
+    uint32_t out_features;
+    uint32_t scale_shift;   // see above
+    uint32_t scale_cols;    // 1, or ceil(in / 128)
+    uint32_t end;           // see above
+    uint32_t splits;        // blocks that share `in`: a cluster; 1 before Hopper
+    uint32_t bricks;        // of the kernels `few`: of 16 features that a block takes
+    uint32_t reserved;      // 0
+};
+
+// Kernel `pack_fp8_<T>`: a part of a matrix as it lies in a file, into bricks. What
+// fills the last bricks up is not written.
+struct PackFp8 {
+    const void *codes;      // e4m3 [elements], 16-byte aligned
+    void *weights;          // [out, in] packed for T (fp8.cuh), 16-byte aligned
+    uint32_t *flag;         // [1] set to 1 by a code that is not a number
+    uint64_t first;         // of the matrix's elements, row by row; a multiple of 16
+    uint64_t elements;      // a multiple of 16
+    uint32_t in_features;   // a multiple of 16
+    uint32_t reserved;      // 0
+};
+
+// Kernel `widen_fp8_<T>`: out = T(W * scales).
+struct WidenFp8 {
+    const void *weights;    // [out, in] packed for T (fp8.cuh), 16-byte aligned
+    const float *scales;    // see above
+    void *out;              // T [out, in], 16-byte aligned
+    uint32_t in_features;   // a multiple of 16
+    uint32_t out_features;
+    uint32_t scale_shift;   // see above
+    uint32_t scale_cols;    // 1, or ceil(in / 128)
+};
+
 // ---- Decode attention ----
 // decode_plan.cu, once a step (and distinct window); attention_decode.cu and
 // decode_join.cu, once a layer. See decode.cuh for `box_rows` and

@@ -54,6 +54,7 @@ const UNSAFE: &[&str] = &[
     "src/device/cuda/chain.rs",             // launches of kernels over addresses
     "src/device/cuda/choose.rs",            // as above
     "src/device/cuda/driver.rs",            // calls of the CUDA driver
+    "src/device/cuda/fp8.rs",               // launches of kernels over addresses
     "src/device/cuda/kernels.rs",           // launches of kernels; tensor maps
     "src/device/cuda/linear.rs",            // launches of kernels over addresses
     "src/device/cuda/load.rs",              // as above

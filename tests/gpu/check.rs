@@ -14,6 +14,7 @@ mod golden;
 mod smollm2;
 
 mod export;
+mod fp8;
 mod goldens;
 mod kernels;
 mod memory;
@@ -36,6 +37,7 @@ type Check = fn(&Settings) -> Result<String, String>;
 const CHECKS: &[(&str, Check)] = &[
     ("attention", kernels::attention),
     ("rows", kernels::rows),
+    ("fp8", fp8::fp8),
     ("choices", kernels::choices),
     ("goldens", goldens::all_local),
     ("borrowed", goldens::most_elsewhere),

@@ -3,6 +3,7 @@
 
 use distkv::device::tensor::DType;
 use distkv::kv::rblock::KvDtype;
+use distkv::model::load::ModelFiles;
 use distkv::node::device::DeviceName;
 use distkv::node::transports::FabricChoice;
 
@@ -75,10 +76,13 @@ struct Run {
 
 fn run(device: DeviceName, model: &GoldenModel, types: Types, nodes: &[usize]) -> Run {
     let dir = tempfile::tempdir().expect("a folder");
-    let files = model.open(dir.path(), types.weights);
+    run_files(device, model, &model.open(dir.path(), types.weights), types, nodes)
+}
+
+fn run_files(device: DeviceName, model: &GoldenModel, files: &ModelFiles, types: Types, nodes: &[usize]) -> Run {
     let mut setup = Setup::new(FabricChoice::Shm, types.kv, nodes);
     (setup.device, setup.chunk) = (device, 48);
-    let cluster = setup.start(&files);
+    let cluster = setup.start(files);
     let tokens = tokens(cluster.submit(model.prompt.clone(), model.greedy.len(), true));
     let logits = cluster.logits.lock().expect("no panic").clone();
     cluster.assert_all_returned();
@@ -101,6 +105,19 @@ fn lead(logits: &[f32]) -> f32 {
 fn compare(settings: &Settings, model: &GoldenModel, types: Types, nodes: &[usize]) -> Result<f32, String> {
     let cpu = run(DeviceName::Cpu, model, types.held(), &[256]);
     let gpu = run(settings.device, model, types, nodes);
+    compare_runs(model, types, nodes, &cpu, &gpu)
+}
+
+/// A model of these files on the GPU beside the CPU device: the largest difference of
+/// logits as a share of their spread.
+pub fn compare_files(settings: &Settings, model: &GoldenModel, files: &ModelFiles) -> Result<f32, String> {
+    let nodes = &[256];
+    let cpu = run_files(DeviceName::Cpu, model, files, ALL_BF16, nodes);
+    let gpu = run_files(settings.device, model, files, ALL_BF16, nodes);
+    compare_runs(model, ALL_BF16, nodes, &cpu, &gpu)
+}
+
+fn compare_runs(model: &GoldenModel, types: Types, nodes: &[usize], cpu: &Run, gpu: &Run) -> Result<f32, String> {
     let limits = types.limits();
     let (mut worst, mut sum, mut count) = (0f32, 0f32, 0f32);
     for (position, ours) in &gpu.logits {

@@ -20,7 +20,7 @@ use crate::Settings;
 
 const MAX_ROWS: usize = 1024;
 
-fn gpu(settings: &Settings, element: Element) -> Result<CudaDevice, String> {
+pub fn gpu(settings: &Settings, element: Element) -> Result<CudaDevice, String> {
     let DeviceName::Cuda(ordinal) = settings.device else { return Err("these checks are for a GPU".into()) };
     let options = CudaOptions { ordinal, element, max_rows: MAX_ROWS, max_seqs: 256, graphs: true };
     CudaDevice::new(options).map_err(|e| e.to_string())
@@ -31,7 +31,7 @@ fn noise(random: &mut ChaCha8Rng, len: usize, size: f32) -> Vec<f32> {
 }
 
 /// ‖a − b‖ / ‖b‖; infinite where a value is no number.
-fn apart(a: &[f32], b: &[f32]) -> f64 {
+pub fn apart(a: &[f32], b: &[f32]) -> f64 {
     assert_eq!(a.len(), b.len());
     let square = |x: f32| f64::from(x) * f64::from(x);
     let difference: f64 = a.iter().zip(b).map(|(a, b)| square(a - b)).sum();
@@ -39,7 +39,7 @@ fn apart(a: &[f32], b: &[f32]) -> f64 {
     if a.iter().all(|x| x.is_finite()) { (difference / norm.max(1e-30)).sqrt() } else { f64::INFINITY }
 }
 
-const ROPE: fn(usize) -> Rope = |pairs| Rope {
+pub const ROPE: fn(usize) -> Rope = |pairs| Rope {
     inv_freq: (0..pairs).map(|i| 1e4f32.powf(-(i as f32) / pairs as f32)).collect(),
     magnitude: 1.0,
     interleaved: false,

@@ -108,16 +108,36 @@ impl Vector {
     }
 }
 
-/// A linear layer's weights `[outs, ins]`, of the working precision.
+/// The scales of FP8 weights: f32 `[ceil(outs / 2^shift), cols]`.
+pub(super) struct Fp8Scales {
+    pub memory: GpuMemory,
+    /// A scale is for `2^shift` output features.
+    pub shift: u32,
+    /// 1, or one for each 128 input features.
+    pub cols: u32,
+}
+
+/// A linear layer's weights `[outs, ins]`: of the working precision, or FP8.
 pub struct Matrix {
     memory: Arc<GpuMemory>,
     outs: usize,
     ins: usize,
+    fp8: Option<Fp8Scales>,
 }
 
 impl Matrix {
     pub(super) fn new(memory: Arc<GpuMemory>, outs: usize, ins: usize) -> Self {
-        Self { memory, outs, ins }
+        Self { memory, outs, ins, fp8: None }
+    }
+
+    /// Of FP8 codes, packed as `cuda/fp8.cuh` says.
+    pub(super) fn new_fp8(memory: Arc<GpuMemory>, outs: usize, ins: usize, scales: Fp8Scales) -> Self {
+        Self { memory, outs, ins, fp8: Some(scales) }
+    }
+
+    /// The scales, where the weights are FP8.
+    pub(super) fn fp8(&self) -> Option<&Fp8Scales> {
+        self.fp8.as_ref()
     }
 
     /// Where it begins.

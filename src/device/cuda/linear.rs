@@ -11,6 +11,7 @@ use super::buffer::{Buffer, FEW_ROWS, Matrix, Vector};
 use super::chain::{Chain, End};
 use super::driver::{Context, Stream};
 use super::element::Element;
+use super::fp8::Fp8;
 use super::kernels::{Grid, Kernel, Kernels};
 use super::memory::GpuMemory;
 use crate::device::{Norm, Result};
@@ -21,6 +22,7 @@ pub struct Linears {
     element: Element,
     blas: Blas,
     chain: Option<Chain>,
+    fp8: Fp8,
     add: Kernel,
     add_bias: Kernel,
     swiglu: Kernel,
@@ -43,6 +45,7 @@ impl Linears {
             element,
             blas: Blas::new(context, element)?,
             chain: Chain::new(context, kernels, stream, element)?,
+            fp8: Fp8::new(context, kernels, stream, element)?,
             add: kernels.typed("add", 0)?,
             add_bias: kernels.typed("add_bias", 0)?,
             swiglu: kernels.typed("swiglu", 0)?,
@@ -70,6 +73,16 @@ impl Linears {
         Chain::room(Self::padded(rows))
     }
 
+    /// Weights in FP8, and their kernels.
+    pub fn fp8(&mut self) -> &mut Fp8 {
+        &mut self.fp8
+    }
+
+    /// The chain, where it takes the product.
+    fn chain(&mut self, rows: usize, weight: &Matrix, x: &Buffer, end: End) -> Option<&mut Chain> {
+        self.chain.as_mut().filter(|c| weight.fp8().is_none() && c.takes(rows, weight, x, end))
+    }
+
     /// Launches what waits in the chain: before anything else that may read it.
     pub fn flush(&mut self, stream: &Stream) -> Result<()> {
         self.chain.as_mut().map_or(Ok(()), |chain| chain.flush(stream))
@@ -88,13 +101,17 @@ impl Linears {
     ) -> Result<()> {
         check(x, rows, weight, out, weight.outs());
         let end = if out.is_single() { End::Logits } else { End::Plain };
-        if let Some(chain) = self.chain.as_mut().filter(|c| c.takes(rows, weight, x, end)) {
+        if let Some(chain) = self.chain(rows, weight, x, end) {
             return chain.push(stream, counts, x, rows, weight, bias, out, end, None);
         }
         self.flush(stream)?;
+        if self.fp8.takes(rows, weight, x, end) {
+            return self.fp8.run(stream, counts, x, rows, weight, bias, out, end);
+        }
         assert!(x.unscaled.is_none(), "only the kernel for few rows scales its input");
         let into = if out.is_single() { Into::Single } else { Into::Working };
-        self.blas.run(stream, &product(x, rows, weight, out.address(), out.cols(), into))?;
+        let w = self.fp8.wide(stream, weight)?;
+        self.blas.run(stream, &product(x, rows, weight, w, out.address(), out.cols(), into))?;
         let Some(bias) = bias else { return Ok(()) };
         assert!(!out.is_single() && bias.len() == weight.outs() && out.cols() == weight.outs(), "a bias of its size");
         let arguments =
@@ -119,16 +136,22 @@ impl Linears {
     ) -> Result<bool> {
         check(x, rows, weight, out, weight.outs());
         assert!(out.is_single() && out.cols() == weight.outs(), "a residual stream");
-        if let Some(chain) = self.chain.as_mut().filter(|c| c.takes(rows, weight, x, End::Add)) {
-            // A row that is not divided by its root mean square overflows in f16;
-            // and what the chain does not take could not scale it.
-            let next = next.filter(|_| self.element == Element::Bf16 && weight.outs().is_multiple_of(64));
+        // A row that is not divided by its root mean square overflows in f16; and
+        // neither the kernels of FP8 nor what the chain does not take could divide it.
+        let scaled_later = self.element == Element::Bf16 && !self.fp8.used() && weight.outs().is_multiple_of(64);
+        let next = next.filter(|_| scaled_later);
+        if let Some(chain) = self.chain(rows, weight, x, End::Add) {
             chain.push(stream, counts, x, rows, weight, bias, out, End::Add, next)?;
             return Ok(next.is_some());
         }
         self.flush(stream)?;
+        if self.fp8.takes(rows, weight, x, End::Add) {
+            self.fp8.run(stream, counts, x, rows, weight, bias, out, End::Add)?;
+            return Ok(false);
+        }
+        let w = self.fp8.wide(stream, weight)?;
         let Some(bias) = bias else {
-            self.blas.run(stream, &product(x, rows, weight, out.address(), out.cols(), Into::AddSingle))?;
+            self.blas.run(stream, &product(x, rows, weight, w, out.address(), out.cols(), Into::AddSingle))?;
             return Ok(false);
         };
         let size = Self::padded(self.max_rows) * out.cols() * self.element.size();
@@ -136,7 +159,7 @@ impl Linears {
             self.scratch = Some(GpuMemory::new(&self.context, size, "a sum with a bias")?);
         }
         let scratch = self.scratch.as_ref().map_or(0, GpuMemory::address);
-        self.blas.run(stream, &product(x, rows, weight, scratch, out.cols(), Into::Working))?;
+        self.blas.run(stream, &product(x, rows, weight, w, scratch, out.cols(), Into::Working))?;
         let arguments = api::Add {
             x: out.address(),
             delta: scratch,
@@ -164,8 +187,12 @@ impl Linears {
         out: &Buffer,
     ) -> Result<()> {
         check(x, rows, weight, gate_up, weight.outs());
-        if let Some(chain) = self.chain.as_mut().filter(|c| c.takes(rows, weight, x, End::Swiglu)) {
+        if let Some(chain) = self.chain(rows, weight, x, End::Swiglu) {
             return chain.push(stream, counts, x, rows, weight, bias, out, End::Swiglu, None);
+        }
+        if self.fp8.takes(rows, weight, x, End::Swiglu) {
+            self.flush(stream)?;
+            return self.fp8.run(stream, counts, x, rows, weight, bias, out, End::Swiglu);
         }
         self.plain(stream, counts, x, rows, weight, None, gate_up)?;
         self.flush(stream)?;
@@ -208,12 +235,12 @@ fn check(x: &Buffer, rows: usize, weight: &Matrix, out: &Buffer, outs: usize) {
     assert!(!x.is_single(), "a layer takes activations of the working precision");
 }
 
-fn product(x: &Buffer, rows: usize, weight: &Matrix, out: u64, out_stride: usize, into: Into) -> Product {
+fn product(x: &Buffer, rows: usize, weight: &Matrix, w: u64, out: u64, out_stride: usize, into: Into) -> Product {
     Product {
         rows: Linears::padded(rows).min(x.rows()),
         outs: weight.outs(),
         ins: weight.ins(),
-        w: weight.address(),
+        w,
         x: x.address(),
         x_stride: x.cols(),
         out,

@@ -52,9 +52,21 @@ struct Conversion {
     kernel: Kernel,
     /// Held until the kernel has been launched, whatever becomes of the weights.
     out: Arc<GpuMemory>,
-    /// Bytes of `out` before the piece's.
+    /// Elements of `out` before the piece's, each of so many bytes.
     at: usize,
+    size: usize,
     elements: usize,
+    /// The piece is FP8, to be packed.
+    packed: Option<Packed>,
+}
+
+/// What packing FP8 needs.
+#[derive(Clone, Copy)]
+struct Packed {
+    /// Elements of a row.
+    ins: usize,
+    /// Where a code that is no number is told.
+    flag: u64,
 }
 
 /// Brings weights to the GPU, in order: what it was given to [`load`](Self::load)
@@ -121,6 +133,54 @@ impl Loader {
         assert!((at + elements) * size <= out.len(), "a tensor beyond its matrix");
         self.rounded = self.rounded.or(loses(dtype, to));
         let kernel = kernels.plain(&format!("convert_{}_{to}", name(dtype)), 0)?;
+        self.send(stream, tensor, |first, elements| Conversion {
+            kernel,
+            out: out.clone(),
+            at: at + first,
+            size,
+            elements,
+            packed: None,
+        })
+    }
+
+    /// Begins to pack the codes of an FP8 tensor into `out`, behind the `at` elements
+    /// of the parts before it, with the kernel `pack_fp8`; a code that is no number
+    /// sets the u32 at `flag`. Otherwise as [`load`](Self::load).
+    pub fn load_fp8(
+        &mut self,
+        stream: &Stream,
+        kernel: Kernel,
+        tensor: &RawTensor<'_>,
+        out: &Arc<GpuMemory>,
+        at: usize,
+        flag: u64,
+    ) -> Result<()> {
+        let elements = tensor.rows * tensor.cols;
+        if elements != tensor.bytes.len() || tensor.dtype != DType::F8E4m3 {
+            let problem = format!("FP8 codes [{}, {}] in {} bytes", tensor.rows, tensor.cols, tensor.bytes.len());
+            return Err(DeviceError::Unsupported(problem));
+        }
+        assert!(at + elements <= out.len(), "a tensor beyond its matrix");
+        let packed = Some(Packed { ins: tensor.cols, flag });
+        self.send(stream, tensor, |first, elements| Conversion {
+            kernel,
+            out: out.clone(),
+            at: at + first,
+            size: 1,
+            elements,
+            packed,
+        })
+    }
+
+    /// Begins to read a tensor, in pieces; what becomes of one is told by its first
+    /// element and how many it has.
+    fn send(
+        &mut self,
+        stream: &Stream,
+        tensor: &RawTensor<'_>,
+        conversion: impl Fn(usize, usize) -> Conversion,
+    ) -> Result<()> {
+        let (elements, dtype) = (tensor.rows * tensor.cols, tensor.dtype);
         // Whole tiles, so that a piece's elements begin as well aligned as the first.
         let step = PIECE / dtype.block_bytes() * dtype.block_len() / TILE * TILE;
         for first in (0..elements).step_by(step) {
@@ -130,8 +190,7 @@ impl Loader {
             while !self.begin(tensor, range.clone())? {
                 self.make_room(stream)?;
             }
-            let at = (at + first) * size;
-            self.waiting.push_back(Conversion { kernel, out: out.clone(), at, elements: count });
+            self.waiting.push_back(conversion(first, count));
             while self.launch(stream, false)? {}
         }
         Ok(())
@@ -198,13 +257,31 @@ impl Loader {
         // SAFETY: both ranges are inside their memory, of which the part is this
         // piece's until its event has come by (`make_room`, `drop`).
         unsafe { result::memcpy_htod_async(from, bytes, stream.raw()) }.map_err(|e| failed("a copy to the GPU", e))?;
-        let Conversion { kernel, out, at, elements } = conversion;
-        let arguments =
-            api::Convert { bytes: from, out: out.address() + at as u64, offset: 0, elements: elements as u64 };
+        let Conversion { kernel, out, at, size, elements, packed } = conversion;
         let grid = Grid::new(elements.div_ceil(TILE).min(1 << 20), 256);
-        // SAFETY: the copy holds the bytes of so many elements, and `out` has room for
-        // them, as checked in `load`.
-        unsafe { kernel.launch(stream, grid, &arguments)? };
+        match packed {
+            None => {
+                let out = out.address() + (at * size) as u64;
+                let arguments = api::Convert { bytes: from, out, offset: 0, elements: elements as u64 };
+                // SAFETY: the copy holds the bytes of so many elements, and `out` has
+                // room for them, as checked in `load`.
+                unsafe { kernel.launch(stream, grid, &arguments)? };
+            }
+            Some(Packed { ins, flag }) => {
+                let arguments = api::PackFp8 {
+                    codes: from,
+                    weights: out.address(),
+                    flag,
+                    first: at as u64,
+                    elements: elements as u64,
+                    in_features: ins as u32,
+                    reserved: 0,
+                };
+                // SAFETY: the copy holds so many codes, and `out` has room for those of
+                // all parts, as checked in `load_fp8`.
+                unsafe { kernel.launch(stream, grid, &arguments)? };
+            }
+        }
         let event = match self.spare.pop() {
             Some(event) => event,
             None => Event::new(stream.context(), false)?,

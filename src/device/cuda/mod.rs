@@ -18,6 +18,7 @@ mod chain;
 mod choose;
 pub mod driver;
 mod element;
+mod fp8;
 pub mod images;
 mod kernels;
 mod linear;
@@ -209,9 +210,10 @@ impl CudaDevice {
     pub fn loaded(&mut self) -> Result<()> {
         self.context.bind()?;
         match self.loader.take() {
-            Some(loader) => loader.finish(&self.stream),
-            None => self.stream.synchronize(),
+            Some(loader) => loader.finish(&self.stream)?,
+            None => self.stream.synchronize()?,
         }
+        self.linears.fp8().check(&self.stream)
     }
 
     /// Weights come in the background: gives the stream all that is on its way, so
@@ -272,6 +274,20 @@ impl CudaDevice {
         Ok(base + pool.offset(layer, 0) as u64)
     }
 
+    /// Begins to load a matrix that is all FP8; else as [`load_parts`](Self::load_parts).
+    fn load_fp8(&mut self, parts: &[RawTensor<'_>]) -> Result<Matrix> {
+        self.context.bind()?;
+        if self.loader.is_none() {
+            self.loader = Some(Loader::new(&self.context)?);
+        }
+        let Self { loader: Some(loader), kernels, stream, linears, .. } = self else { unreachable!("made above") };
+        let matrix = linears.fp8().load(loader, stream, kernels, parts);
+        if matrix.is_err() {
+            self.loader = None;
+        }
+        matrix
+    }
+
     /// Begins to load `parts`, one behind the other; elements of all. They are there
     /// for whatever comes after [`settle`](Self::settle).
     fn load_parts(
@@ -285,12 +301,18 @@ impl CudaDevice {
         if self.loader.is_none() {
             self.loader = Some(Loader::new(&self.context)?);
         }
-        let Self { loader: Some(loader), kernels, stream, context, .. } = self else { unreachable!("made above") };
+        let Self { loader: Some(loader), kernels, stream, context, linears, .. } = self else {
+            unreachable!("made above")
+        };
         let elements = parts.iter().map(|p| p.rows * p.cols).sum::<usize>();
         let memory = Arc::new(GpuMemory::new(context, elements * size, what)?);
         let mut at = 0;
         for part in parts {
-            if let Err(error) = loader.load(stream, kernels, part, to, size, &memory, at) {
+            let begun = match fp8::is_fp8(part) {
+                true => linears.fp8().load_widened(loader, stream, kernels, part, &memory, at),
+                false => loader.load(stream, kernels, part, to, size, &memory, at),
+            };
+            if let Err(error) = begun {
                 // What was loaded so far lacks something: nobody may go on with it.
                 self.loader = None;
                 return Err(error);
@@ -324,12 +346,18 @@ impl Device for CudaDevice {
             return Err(DeviceError::Unsupported("stacked weights of different widths".into()));
         }
         let element = self.options.element;
+        if parts.iter().all(fp8::is_fp8) && !parts.is_empty() {
+            return self.load_fp8(parts);
+        }
         let (memory, elements) = self.load_parts(parts, element.suffix(), element.size(), "weights")?;
         let outs = elements / cols.max(1);
         Ok(Matrix::new(memory, outs, cols))
     }
 
     fn load_vector(&mut self, parts: &[RawTensor<'_>]) -> Result<Vector> {
+        if parts.iter().any(fp8::is_fp8) {
+            return Err(DeviceError::Unsupported("CUDA: a vector in FP8".into()));
+        }
         let (memory, elements) = self.load_parts(parts, DType::F32.to_string().as_str(), 4, "weights")?;
         Ok(Vector::new(memory, elements))
     }

@@ -94,6 +94,9 @@ impl Rows {
     /// `out[r] = table[tokens[r]]`.
     pub fn embed(&self, stream: &Stream, at: &Addresses, rows: usize, table: &Matrix, out: &Buffer) -> Result<()> {
         assert!(out.is_single() && out.cols() == table.ins() && rows <= out.rows(), "an embedding's rows");
+        if table.fp8().is_some() {
+            return Err(DeviceError::Unsupported("CUDA: an embedding in FP8; its rows are read as they are".into()));
+        }
         let arguments = api::Embed {
             table: table.address(),
             tokens: at.tokens,
