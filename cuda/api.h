@@ -79,7 +79,7 @@ struct Prefill {
     uint32_t gathered;     // sm_90: pages lie one after another from this one on; NOT_GATHERED: by their block
     uint32_t reserved;     // 0
 };
-constexpr uint32_t NOT_GATHERED = 0xffffffff;
+constexpr uint32_t NOT_GATHERED = 0xffffffff; // pages lie where their blocks do
 
 // Kernel `widen_pages_<T>`: e4m3 keys and values of sequences that are prefilled.
 struct WidenPages {

@@ -11,8 +11,8 @@ mod choice;
 pub mod cpu;
 pub mod cuda;
 pub mod disk;
-pub mod nvtx;
 pub mod fp8;
+pub mod nvtx;
 pub mod tensor;
 
 use std::ops::Range;

@@ -249,6 +249,7 @@ mod tests {
             memory: 141 << 30,
             shared_memory: 227 << 10,
             l2: 50 << 20,
+            memory_bandwidth: 4_800_000_000_000,
             driver: 13000,
             pci: "0000:18:00.0".into(),
             numa: None,

@@ -278,7 +278,7 @@ impl Attention {
             (sm90(kernels)?, self.sm90_grid(tile), tile.rows, tile.keys)
         } else {
             let keys = if d == 256 { 32 } else { 64 };
-            let pitch = (d as u32 * element as u32 / 16 | 1) * 16;
+            let pitch = ((d as u32 * element as u32 / 16) | 1) * 16;
             let kernel = kernels
                 .typed(&format!("attention_prefill_d{d}{of_pool}"), 64 * (d as u32 + 8) * 2 + 4 * keys * pitch)?;
             let grid = Grid::new((blocks * kernel.occupancy(128)?) as usize, 128);
