@@ -83,7 +83,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("sim", &["kv", "control", "schedule"]),
     ("device", &["e4m3", "kv"]),
     ("attention", &["codec", "kv", "control", "schedule", "device"]),
-    ("model", &["kv", "device", "attention"]),
+    ("model", &["e4m3", "kv", "device", "attention"]),
     ("engine", &["kv", "control", "schedule", "device", "attention", "model"]),
     ("node", &["kv", "control", "schedule", "device", "attention", "model", "engine"]),
     ("ingress", &["codec", "kv", "control", "model", "engine", "node"]),
