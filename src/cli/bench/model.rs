@@ -19,6 +19,7 @@ use crate::kv::rblock::KvRun;
 use crate::model::config::ModelConfig;
 use crate::model::sampler::{Sampler, SamplingParams};
 use crate::model::transformer::Transformer;
+use crate::model::weights::Param;
 use crate::node::device::{DeviceName, EngineDevice};
 
 /// What to measure.
@@ -108,6 +109,9 @@ where
         parts.kv_dtype,
     ));
     report.figure("weights loaded", files.weights.total_bytes() as f64 / loading.as_secs_f64() / 1e9, "GB/s");
+    // Of an embedding that is no output projection a step reads a row a sequence.
+    let embedding = files.weights.get(Param::Embedding).filter(|_| !config.tied_embeddings);
+    let read_a_step = files.weights.total_bytes() - embedding.map_or(0, |table| table.bytes.len() as u64);
     let mut bench =
         Bench { device, model, pool, logits: vec![0.0; batch * config.vocab], chosen: Vec::new(), blocks_a_sequence };
 
@@ -139,7 +143,7 @@ where
             bandwidth = bandwidth.max(sweep(&mut bench.device)?);
             let median = times.value_at_quantile(0.5) as f64 / 1e9;
             let kv = (batch * (depth + args.steps / 2) * shape.token_bytes()) as f64;
-            let bytes = files.weights.total_bytes() as f64 + kv;
+            let bytes = read_a_step as f64 + kv;
             let name = format!("decode batch {batch} depth {depth}");
             report.latency(name.clone(), times);
             report.figure(format!("{name} median"), batch as f64 / median, "tokens/s");
