@@ -173,7 +173,7 @@ impl Connection {
     /// Would a poll move it along at once?
     pub fn has_moves(&self) -> bool {
         let posts = self.sender.as_ref().is_some_and(|s| !s.asks.is_empty() || !s.bound.is_empty());
-        posts || self.ready || self.broken.is_some()
+        posts || self.ready || self.broken.is_some() || self.receiver.holds()
     }
 
     /// Completions of its posts end a wait; true if there are some already.

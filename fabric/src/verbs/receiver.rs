@@ -57,6 +57,10 @@ pub struct Receiver {
     landing: Option<Landing>,
     due_receives: u16,
     due_slots: u16,
+    /// Something was handed over since credits were last looked at.
+    handed: bool,
+    /// Credits are due, and wait for the next look.
+    holds: bool,
     /// SENDs and notifying writes that arrived.
     pub posts: u64,
 }
@@ -117,6 +121,7 @@ impl Receiver {
     fn consumed(&mut self) -> Result<()> {
         self.posts += 1;
         self.due_receives += 1;
+        self.handed = true;
         // What is due was filled and not yet returned: no more can be filled.
         if self.due_receives > CREDITS {
             return Err(violation("more posts than there were credits for"));
@@ -171,11 +176,24 @@ impl Receiver {
         self.due_receives >= RECEIVES_DUE || self.due_slots >= SLOTS_DUE
     }
 
-    /// Tells the peer what it may use again, if that is worth a message.
+    /// Are credits due that the next poll returns?
+    pub fn holds(&self) -> bool {
+        self.holds
+    }
+
+    /// Tells the peer what it may use again, if that is worth a message. Behind what
+    /// was just handed over an answer may follow, for which somebody waits: it goes
+    /// first, and the credits with the next poll.
     pub fn return_credits(&mut self, sender: &mut Sender) -> Result<()> {
+        let handed = std::mem::take(&mut self.handed);
         if !self.has_due() {
             return Ok(());
         }
+        if handed && !self.holds {
+            self.holds = true;
+            return Ok(());
+        }
+        self.holds = false;
         if sender.return_credits(self.due_receives, self.due_slots)? {
             (self.due_receives, self.due_slots) = (0, 0);
         }
