@@ -127,6 +127,34 @@ fn fp8_models_compute_what_models_of_their_values_do() {
     assert_eq!(checked, 9, "goldens are missing");
 }
 
+/// Nodes whose weights differ by a scale alone are not of one model.
+#[test]
+fn a_scale_is_part_of_what_a_model_is() {
+    let models = GoldenModel::all();
+    let model = models.iter().find(|m| m.name == "qwen3").expect("a golden");
+    let dir = tempfile::tempdir().unwrap();
+    synth_fp8_to(dir.path(), &model.config, model.seed, Scaling::Tensor).unwrap();
+    let identity = || {
+        let cluster = Setup::new(FabricChoice::Shm, KvDtype::F32, &[256]).start(&load::open(dir.path()).unwrap());
+        let found = cluster.node.model().expect("it runs a model");
+        cluster.stop();
+        found
+    };
+    let before = identity();
+    assert_eq!(identity(), before);
+    let path = dir.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let place = {
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let scale = tensors.tensor("model.layers.0.mlp.down_proj.weight_scale").unwrap();
+        scale.data().as_ptr().addr() - bytes.as_ptr().addr()
+    };
+    // The lowest bit of the scale's mantissa.
+    bytes[place] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    assert_ne!(identity(), before);
+}
+
 #[test]
 fn smollm2_answers_as_llama_cpp_does_where_rounding_does_not_decide() {
     let files = distkv::model::load::open(&smollm2::path()).unwrap();

@@ -101,7 +101,7 @@ impl EngineDevice for CudaDevice {
         let bytes = match bytes {
             Some(bytes) => bytes,
             None => {
-                let (left, least) = (self.room()?, LEAST_BLOCKS * shape.block_bytes());
+                let (left, least) = (self.room(shape.dtype)?, LEAST_BLOCKS * shape.block_bytes());
                 if left < least {
                     return Err(self.no_pool(left, least).into());
                 }

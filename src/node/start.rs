@@ -646,6 +646,12 @@ fn fingerprint(model: &ModelParts) -> Result<[u8; 32], DeviceError> {
             }
             None => drop(hasher.update(&tensor.bytes[..len])),
         }
+        if let Some(scales) = tensor.scales {
+            hasher.update(format!("{:?}", scales.block).as_bytes());
+            for scale in scales.values.iter().take(SAMPLE) {
+                hasher.update(&scale.to_le_bytes());
+            }
+        }
         Ok(())
     };
     add(Param::Embedding)?;

@@ -267,7 +267,7 @@ impl Attention {
             self.prefill_map(d, pool.shape().block_tokens, address, rows)
         };
         let hopper_takes = hopper && element == self.element.size();
-        let widened = match hopper && !hopper_takes {
+        let widened = match Widened::is_needed(properties, pool.shape().dtype) {
             true => Some(Widened::new(&self.context, kernels, sm90(kernels)?, pool.shape(), sm90_map)?),
             false => None,
         };

@@ -49,11 +49,12 @@ use load::Loader;
 use memory::GpuMemory;
 use rows::Rows;
 use step::{Addresses, Capacity, StepMemory, Taken};
+use widen::Widened;
 
 use super::tensor::{DType, RawTensor};
 use super::{AttentionShape, Choice, Chosen, Device, DeviceError, Norm, Pass, Result, Rope, StepInput};
 use crate::kv::pool::KvPool;
-use crate::kv::rblock::KvShape;
+use crate::kv::rblock::{KvDtype, KvShape};
 
 /// Query heads and rows that one tile of the decode kernel takes: a sequence of
 /// at most so many is decoded, any other prefilled (`cuda/paged_kv.cuh`).
@@ -166,11 +167,12 @@ impl CudaDevice {
         &self.stream
     }
 
-    /// Bytes that a KV pool may take: what is free, but for a reserve of half a
-    /// percent.
-    pub fn room(&self) -> Result<usize> {
+    /// Bytes that a KV pool of this element may take: what is free, but for a reserve
+    /// of half a percent, and what attention to it will allocate.
+    pub fn room(&self, kv: KvDtype) -> Result<usize> {
         let free = self.context.free_memory()?;
-        Ok(free.saturating_sub(self.reserve()))
+        let widened = if Widened::is_needed(self.properties(), kv) { widen::ROOM } else { 0 };
+        Ok(free.saturating_sub(self.reserve() + widened))
     }
 
     /// Bytes that a KV pool which takes all that is left leaves: for what the driver

@@ -7,16 +7,16 @@
 use std::sync::Arc;
 
 use super::api;
-use super::driver::{Context, Stream};
+use super::driver::{Context, Properties, Stream};
 use super::kernels::{Grid, Kernel, Kernels, TensorMap};
 use super::memory::GpuMemory;
 use super::step::{Addresses, Taken};
 use crate::device::{AttentionShape, Result};
-use crate::kv::rblock::KvShape;
+use crate::kv::rblock::{KvDtype, KvShape};
 
 /// Bytes that pages are widened into; of more context the keys are widened by the
 /// products themselves, which takes longer.
-const ROOM: usize = 256 << 20;
+pub const ROOM: usize = 256 << 20;
 /// Pages of one sequence that are widened at once.
 const AT_ONCE: usize = 1024;
 
@@ -32,6 +32,11 @@ pub struct Widened {
 }
 
 impl Widened {
+    /// Whether pools of this element are widened for prefill on such a GPU.
+    pub fn is_needed(gpu: &Properties, kv: KvDtype) -> bool {
+        gpu.capability == (9, 0) && kv == KvDtype::Fp8
+    }
+
     /// For pools of this shape; `map` makes the tensor map of so many blocks at an
     /// address. Elements widened have two bytes.
     pub fn new(
