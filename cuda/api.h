@@ -280,10 +280,12 @@ struct Linear {
 
 // What the products of one launch have in common.
 struct LinearChain {
-    uint32_t *barrier; // [1] zero at first; of this chain of kernels alone
-    uint32_t count;    // products, 1 ..= 4
-    uint32_t stages;   // of the ring
-    uint32_t stage;    // bytes of one: the most that one of the products needs
+    uint32_t *relay; // of this kernel alone: 128 bytes, zeros at first, and two halves of 0xff (linear_relay.cuh)
+    uint32_t count;  // products, 1 ..= 4, each but the first of what the one before it makes
+    uint32_t stages; // of the ring
+    uint32_t stage;  // bytes of one: the most that one of the products needs
+    uint32_t half;   // bytes of a half of the relay
+    uint32_t fenced; // 1: rows are handed on in `out` and `next`, behind a fence; 0: through the relay
     uint32_t reserved; // 0
 };
 
@@ -445,6 +447,31 @@ struct DecodeJoin {
     uint32_t kv_heads;
     uint32_t head_dim;
     uint32_t together;     // as planned
+};
+
+// `decode_short_d<head_dim>_g<g>_<T>`: `rope_append` and attention of rows that are a
+// sequence each and attend to few positions; see decode_short.cu. Positions that no
+// page holds are left out; the row's own is attended to and need not be in a page.
+struct DecodeShort {
+    const void *qkv;       // T [rows, (heads + 2 kv_heads) * head_dim], as the linear layer left it
+    void *pool;            // T: the layer's pool
+    const float *table;    // by `rope_table`
+    const float *q_norm;   // [head_dim]; or null, as k_norm then is
+    const float *k_norm;   // [head_dim]
+    const Slot *slots;     // [rows]
+    const Seq *seqs;       // [rows], a row each
+    const Page *pages;     // of all sequences
+    const Step *step;
+    void *o;               // T [rows, heads * head_dim]
+    float *lse;            // [rows, heads]
+    uint32_t heads;        // query heads: at most g a kv head
+    uint32_t kv_heads;     // key/value heads
+    uint32_t block_tokens; // tokens a block
+    uint32_t pairs;        // as in RopeAppend
+    uint32_t interleaved;  // likewise
+    uint32_t window;       // positions that a row sees, its own among them; 0: all
+    float eps;             // of the norms
+    float scale;           // of scores
 };
 
 // Merges a peer's partial into (o, lse), in place; see state.cuh.

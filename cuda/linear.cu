@@ -14,24 +14,35 @@
 // it has of the rows that are the other's to finish. Sums are always added in the
 // same order: results do not depend on timing.
 //
-// A launch runs several products, each made from the one before. Weights depend
-// on nothing: the ring takes in the next product's while this one is finished,
-// the grid meets and x is fetched, so that memory idles little; likewise before
-// the first product, while the kernel before is still running.
+// A launch runs several products, each made from the one before, whose rows come
+// through the relay (linear_relay.cuh). Weights depend on nothing: the ring takes in
+// the next product's while this one is finished and x is handed on, so that memory
+// idles little; likewise before the first product, while the kernel before is still
+// running.
 #include "linear_tile.cuh"
 
 namespace distkv {
 
-constexpr uint32_t LINEAR_THREADS = 32 * (CONSUMERS + 3); // and warps for weights, x, scales
+constexpr uint32_t LINEAR_REGISTERS_FOR = 512; // threads: see below
 
 } // namespace distkv
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
 #include "linear.cuh"
 #include "linear_finish.cuh"
-#include "pipeline.cuh"
+#include "linear_relay.cuh"
 
 namespace distkv {
+
+constexpr uint32_t LINEAR_THREADS = 32 * (CONSUMERS + 3); // and warps for weights, x, scales
+
+// Rows of a product that are in use, and have been made.
+template <uint32_t M>
+__device__ __forceinline__ uint32_t rows_of(const LinearArgs &a, uint32_t n) {
+    const uint32_t rows = min(*a.product[n].rows, M);
+    return n == 0 ? rows : min(rows, *a.product[n - 1].rows);
+}
+
 // ---- The thread that brings weights ----
 
 __device__ __forceinline__ uint32_t nanoseconds() {
@@ -74,25 +85,78 @@ __device__ __forceinline__ void bring_weights(const LinearArgs &a, const Place &
     launch_next();
 }
 
-// ---- The thread that brings x ----
+// ---- The warp that brings x ----
+
+// A stage's rows, by one thread; their bytes count at `barrier`.
+__device__ __forceinline__ void ask_rows(const Linear &p, const Place &at, const CUtensorMap *map, uint32_t slot,
+                                         uint32_t place, uint32_t bytes, uint32_t barrier) {
+    barrier_arrive_expect(barrier, bytes);
+    copy_box_kept(at.ring + slot * at.stage + p.tile_units * p.depth * BRICK, map, 0, place, barrier);
+}
+
+// Rows out of the relay for a block's first tile: asked for as there are empty stages,
+// looked at in order, and asked for again where they were not there.
+template <uint32_t M>
+__device__ __forceinline__ void bring_handed(const Linear &p, const Share &share, const Place &at, const CUtensorMap *map,
+                                             uint32_t rows, uint32_t stages, Cursor &c, uint32_t &landings, uint32_t lane) {
+    const uint32_t bytes = p.depth * M * DEPTH * 2;
+    const auto is_over = [&](uint32_t barrier, uint32_t parity) {
+        return __shfl_sync(~0u, uint32_t(barrier_is_over(barrier, parity)), 0) != 0;
+    };
+    Cursor asked = c;
+    uint32_t asked_place = share.begin, place = share.begin;
+    while (place < share.end) {
+        if (asked_place < share.end && is_over(at.empty + asked.slot * 8, asked.parity)) {
+            if (lane == 0) {
+                ask_rows(p, at, map, asked.slot, asked_place, bytes, at.landed + asked.slot * 8);
+            }
+            asked.advance(stages);
+            asked_place += p.depth;
+        }
+        if (place < asked_place && is_over(at.landed + c.slot * 8, landings >> c.slot & 1)) {
+            landings ^= 1u << c.slot;
+            barrier_wait(at.landed + c.slot * 8, landings >> c.slot & 1 ^ 1); // for every lane
+            if (rows_are_there<M>(p, at.ring + c.slot * at.stage + p.tile_units * p.depth * BRICK, rows, lane)) {
+                if (lane == 0) {
+                    barrier_arrive(at.fed + c.slot * 8);
+                }
+                c.advance(stages);
+                place += p.depth;
+            } else if (lane == 0) {
+                ask_rows(p, at, map, c.slot, place, bytes, at.landed + c.slot * 8);
+            }
+        }
+    }
+}
 
 template <uint32_t M>
-__device__ __forceinline__ void bring_rows(const LinearArgs &a, const Place &at) {
-    const uint32_t start = grid_read(a.chain.barrier);
+__device__ __forceinline__ void bring_rows(const LinearArgs &a, const Place &at, uint32_t lane) {
+    const uint32_t turn = relay_turn(a.chain), stored = relay_count(a.chain, RELAY_STORED), stages = a.chain.stages;
+    __syncwarp();
+    made_arrive((CONSUMERS + 2) * 32); // the count was read: this block may count
     Cursor c{0, 1};
-    for (uint32_t i = 0; i < a.chain.count; i++) {
-        const Linear &p = a.product[i];
-        if (i > 0) {
-            grid_wait(a.chain.barrier, start, i);
+    uint32_t landings = 0; // parities of the stages' barriers
+    for (uint32_t n = 0; n < a.chain.count; n++) {
+        const Linear &p = a.product[n];
+        const CUtensorMap *map = n == 0 ? &a.x : &a.handed[turn][n - 1];
+        Share share(p, at);
+        if (n > 0 && share.first < share.tiles) {
+            relay_wait(a.chain, stored, n);
+            if (!a.chain.fenced) {
+                bring_handed<M>(p, share, at, map, rows_of<M>(a, n), stages, c, landings, lane);
+                share.first += share.step;
+            }
         }
-        const uint32_t bytes = p.depth * M * DEPTH * 2;
-        each_stage(p, Share(p, at), [&](uint32_t place, uint32_t) {
-            barrier_wait(at.empty + c.slot * 8, c.parity);
-            const uint32_t barrier = at.fed + c.slot * 8;
-            barrier_arrive_expect(barrier, bytes);
-            copy_box_kept(at.ring + c.slot * at.stage + p.tile_units * p.depth * BRICK, &a.x[i], 0, place, barrier);
-            c.advance(a.chain.stages);
-        });
+        // What is known to be there.
+        if (lane == 0) {
+            const uint32_t bytes = p.depth * M * DEPTH * 2;
+            each_stage(p, share, [&](uint32_t place, uint32_t) {
+                barrier_wait(at.empty + c.slot * 8, c.parity);
+                ask_rows(p, at, map, c.slot, place, bytes, at.fed + c.slot * 8);
+                c.advance(stages);
+            });
+        }
+        c.slot = __shfl_sync(~0u, c.slot, 0), c.parity = __shfl_sync(~0u, c.parity, 0);
     }
 }
 
@@ -103,28 +167,46 @@ __device__ __forceinline__ void bring_rows(const LinearArgs &a, const Place &at)
 template <uint32_t M>
 __device__ __forceinline__ void find_scales(const LinearArgs &a, const Place &at, uint32_t lane) {
     constexpr uint32_t AT_ONCE = 8;
-    const uint32_t start = grid_read(a.chain.barrier);
+    const uint32_t turn = relay_turn(a.chain), stored = relay_count(a.chain, RELAY_STORED);
+    __syncwarp();
+    made_arrive((CONSUMERS + 2) * 32);
+    const uint8_t *half = relay_half(a.chain, turn);
     for (uint32_t n = 0; n < a.chain.count; n++) {
         const Linear &p = a.product[n];
+        const bool handed = n > 0 && !a.chain.fenced;
+        const float *squares = p.x_squares;
+        if (n == 1 && handed) {
+            relay_clear<M>(a, turn, lane);
+        }
+        if (handed) {
+            squares = reinterpret_cast<const float *>(half + M * p.in_features * 2);
+            half += relay_bytes<M>(p);
+        }
         const Share share(p, at);
         if (p.x_squares == nullptr || share.first >= share.tiles) {
             continue;
         }
-        const uint32_t rows = min(*p.rows, M), parts = p.in_features / UNIT;
-        const float part = __fdividef(1.0f, float(p.in_features));
-        if (n > 0 && lane == 0) {
-            grid_wait(a.chain.barrier, start, n);
+        if (n > 0 && a.chain.fenced) {
+            relay_wait(a.chain, stored, n);
         }
-        __syncwarp();
+        const uint32_t rows = rows_of<M>(a, n), parts = p.in_features / UNIT;
+        const float part = __fdividef(1.0f, float(p.in_features));
         for (uint32_t row = 0; row < rows; row += AT_ONCE) {
             float sum[AT_ONCE] = {};
             for (uint32_t base = lane * 2; base < parts; base += 64) { // parts are even
+                float2 two[AT_ONCE] = {};
 #pragma unroll
                 for (uint32_t r = 0; r < AT_ONCE; r++) {
                     if (row + r < rows) {
-                        const float2 two = *reinterpret_cast<const float2 *>(p.x_squares + (row + r) * parts + base);
-                        sum[r] += two.x + two.y;
+                        two[r] = relay_load_2(squares + (row + r) * parts + base);
                     }
+                }
+#pragma unroll
+                for (uint32_t r = 0; r < AT_ONCE; r++) {
+                    while (handed && is_absent(two[r])) {
+                        two[r] = relay_load_2(squares + (row + r) * parts + base);
+                    }
+                    sum[r] += two[r].x + two[r].y;
                 }
             }
 #pragma unroll
@@ -135,7 +217,7 @@ __device__ __forceinline__ void find_scales(const LinearArgs &a, const Place &at
                 }
             }
         }
-        scales_arrive((CONSUMERS + 1) * 32);
+        scales_wait((CONSUMERS + 1) * 32); // and not on to the next before they are taken
     }
 }
 
@@ -172,6 +254,7 @@ template <class T, uint32_t M, uint32_t PAIRS, uint32_t PLACES>
 __device__ __forceinline__ void multiply_tile(float (&sums)[2][M / 2], const Lot &lot, const Place &at, Cursor &c,
                                               uint32_t stages, uint32_t count, uint32_t lane) {
     uint32_t before = 0;
+#pragma unroll 1
     for (uint32_t s = 0; s < count; s++) {
         barrier_wait(at.fed + c.slot * 8, c.parity);
         barrier_wait(at.full + c.slot * 8, c.parity);
@@ -234,26 +317,35 @@ __device__ __forceinline__ void store_sums(const float (&sums)[2][M / 2], const 
     }
 }
 
+// The other block of the cluster may send sums: this one has read those before. Its
+// barriers take turns, as it may be behind by one.
+__device__ __forceinline__ void give(const Place &at, uint32_t thread, uint32_t &gives) {
+    if (thread == 0) {
+        barrier_arrive_at(at.taken + gives % 2 * 8, at.rank ^ 1);
+    }
+    gives++;
+}
+
 template <class T, uint32_t M>
 __device__ __forceinline__ void consume(const LinearArgs &a, const Place &at, uint32_t thread) {
     const uint32_t lane = thread % 32, warp = __shfl_sync(0xffffffff, thread / 32, 0), group = warp / 4;
-    const uint32_t start = grid_read(a.chain.barrier);
-    uint32_t meetings = 0, takes = 0; // of the cluster
+    uint8_t *half = relay_half(a.chain, relay_turn(a.chain));
+    uint32_t meetings = 0, gives = 0, takes = 0; // of the cluster
     Cursor c{0, 0};
     for (uint32_t n = 0; n < a.chain.count; n++) {
         const Linear &p = a.product[n];
         const Share share(p, at);
-        const uint32_t rows = min(*p.rows, M);
+        const uint32_t rows = rows_of<M>(a, n);
         const Quad mine(p, at, warp, lane);
         const bool scaled = p.x_squares != nullptr, shared = p.splits > 1;
-        // Rows of x that have come say that the grid has met: their thread waited.
-        if (share.first < share.tiles) {
-            barrier_wait(at.fed + c.slot * 8, c.parity);
-        } else if (n > 0) {
-            if (thread == 0) {
-                grid_wait(a.chain.barrier, start, n);
-            }
-            sync_threads(CONSUMERS * 32);
+        Handed handed{nullptr, nullptr};
+        if (n + 1 < a.chain.count && !a.chain.fenced) {
+            const Linear &next = a.product[n + 1];
+            handed = {half, reinterpret_cast<float *>(half + M * next.in_features * 2)};
+            half += relay_bytes<M>(next);
+        }
+        if (shared && n > 0 && share.first < share.tiles) { // all have read the sums of the product before
+            give(at, thread, gives);
         }
         const Lot lot(p, at, M, group);
         const uint32_t pairs = p.tile_units > (p.depth == 1 ? 4 : 2) ? 2 : 1; // depth is 1, 2, 4 or 8
@@ -278,11 +370,12 @@ __device__ __forceinline__ void consume(const LinearArgs &a, const Place &at, ui
             if (tile != share.first) {
                 sync_threads(CONSUMERS * 32); // nobody reads the sums of the tile before any more
                 if (shared) {
-                    if (thread == 0) {
-                        barrier_arrive_at(at.taken, at.rank ^ 1);
-                    }
-                    barrier_wait(at.taken, takes++ & 1);
+                    give(at, thread, gives);
                 }
+            }
+            if (shared && (n > 0 || tile != share.first)) {
+                barrier_wait(at.taken + takes % 2 * 8, takes / 2 % 2);
+                takes++;
             }
             store_sums<M>(sums, p, at, rows, group, warp, lane);
             if (scaled && tile == share.first) {
@@ -294,19 +387,23 @@ __device__ __forceinline__ void consume(const LinearArgs &a, const Place &at, ui
                 barrier_wait_cluster(at.summed, meetings++ & 1);
             }
             if (p.end == ADD) {
-                finish<T, M, ADD>(p, share, at, unit, rows, mine, asked);
+                finish<T, M, ADD>(p, share, at, unit, rows, mine, asked, handed);
             } else if (p.end == SWIGLU) {
-                finish<T, M, SWIGLU>(p, share, at, unit, rows, mine, asked);
+                finish<T, M, SWIGLU>(p, share, at, unit, rows, mine, asked, handed);
             } else if (p.end == PLAIN) {
-                finish<T, M, PLAIN>(p, share, at, unit, rows, mine, asked);
+                finish<T, M, PLAIN>(p, share, at, unit, rows, mine, asked, handed);
             } else {
-                finish<T, M, LOGITS>(p, share, at, unit, rows, mine, asked);
+                finish<T, M, LOGITS>(p, share, at, unit, rows, mine, asked, handed);
             }
         }
         if (n + 1 < a.chain.count) {
-            sync_threads(CONSUMERS * 32);
+            if (n == 0) {
+                made_wait((CONSUMERS + 2) * 32);
+            } else {
+                sync_threads(CONSUMERS * 32);
+            }
             if (thread == 0) {
-                grid_arrive(a.chain.barrier);
+                relay_stored(a.chain);
             }
         }
     }
@@ -320,9 +417,10 @@ __device__ __forceinline__ void linear(const LinearArgs &a) {
     at.full = base;
     at.empty = base + MAX_STAGES * 8;
     at.fed = base + MAX_STAGES * 16;
-    at.summed = base + MAX_STAGES * 24;
+    at.landed = base + MAX_STAGES * 24;
+    at.summed = base + MAX_STAGES * 32;
     at.taken = at.summed + 8;
-    at.scales = at.taken + 8;
+    at.scales = at.taken + 16;
     at.ring = base + HEAD;
     at.stage = a.chain.stage;
     at.sums = at.ring + a.chain.stages * at.stage;
@@ -331,17 +429,24 @@ __device__ __forceinline__ void linear(const LinearArgs &a) {
 
     if (warp == CONSUMERS + 1 && threadIdx.x % 32 < a.chain.count) {
         prefetch_map(&a.weights[threadIdx.x % 32]);
-        prefetch_map(&a.x[threadIdx.x % 32]);
+        if (threadIdx.x % 32 == 0) {
+            prefetch_map(&a.x);
+        } else {
+            prefetch_map(&a.handed[0][threadIdx.x % 32 - 1]);
+            prefetch_map(&a.handed[1][threadIdx.x % 32 - 1]);
+        }
     }
     if (warp == CONSUMERS) {
         if (threadIdx.x % 32 == 0) {
             for (uint32_t s = 0; s < a.chain.stages; s++) {
                 barrier_init(at.full + s * 8, 1);
                 barrier_init(at.fed + s * 8, 1);
+                barrier_init(at.landed + s * 8, 1);
                 barrier_init(at.empty + s * 8, CONSUMERS);
             }
             barrier_init(at.summed, 1);
             barrier_init(at.taken, 1);
+            barrier_init(at.taken + 8, 1);
             barrier_init_done();
         }
         __syncwarp();
@@ -369,27 +474,34 @@ __device__ __forceinline__ void linear(const LinearArgs &a) {
             consume<T, M>(a, at, threadIdx.x);
         } else if (warp == CONSUMERS + 2) {
             find_scales<M>(a, at, threadIdx.x % 32);
-        } else if (threadIdx.x % 32 == 0) {
-            bring_rows<M>(a, at);
+        } else {
+            bring_rows<M>(a, at, threadIdx.x % 32);
         }
         __syncwarp();
     }
     if (at.blocks > 1) {
-        cluster_leave(); // peers may still read the sums of this block
+        cluster_leave(); // peers may still send to this block
         cluster_wait();
+    } else {
+        __syncthreads();
+    }
+    if (a.chain.count > 1 && !a.chain.fenced && threadIdx.x == 0) {
+        relay_come(a.chain, RELAY_LAUNCHES);
     }
 }
 
 } // namespace distkv
 
+// The compiler is told of more threads than there are: a block of the kernel before
+// or behind this one has registers beside it.
 #define DISTKV_LINEAR(M, T, name)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(distkv::LINEAR_THREADS, 1)                                           \
+    extern "C" __global__ void __launch_bounds__(distkv::LINEAR_REGISTERS_FOR, 1)                                     \
         linear_m##M##_##name(const __grid_constant__ distkv::LinearArgs a) {                                           \
         distkv::linear<T, M>(a);                                                                                       \
     }
 #else
 #define DISTKV_LINEAR(M, T, name)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(distkv::LINEAR_THREADS, 1) linear_m##M##_##name() { __trap(); }
+    extern "C" __global__ void __launch_bounds__(distkv::LINEAR_REGISTERS_FOR, 1) linear_m##M##_##name() { __trap(); }
 #endif
 
 #define DISTKV_LINEAR_ROWS(T, name)                                                                                    \

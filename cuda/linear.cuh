@@ -3,7 +3,9 @@
 // Grid: blocks = clusters * cluster, all of which must be resident at once (one
 // block fills a multiprocessor). Cluster (cluster, 1, 1), 1 or 2. LINEAR_THREADS
 // threads. Programmatic stream serialisation is understood. No two launches may
-// run at the same time on one device.
+// run at the same time on one device. Products of a launch with the same `out` have
+// the same tile_units and splits: who adds to a feature reads only what he wrote
+// himself.
 //
 // Dynamic shared memory, bytes, at most 232448:
 //   stage = max over products of tile_units * depth * 4096 + depth * rows * 128
@@ -29,12 +31,14 @@ constexpr uint32_t MAX_PRODUCTS = 4;
 
 struct LinearArgs {
     CUtensorMap weights[MAX_PRODUCTS];
-    CUtensorMap x[MAX_PRODUCTS];
+    CUtensorMap x; // of the first product
+    CUtensorMap handed[2][MAX_PRODUCTS - 1]; // of the others: in either half of the relay; twice the same where fenced
     Linear product[MAX_PRODUCTS];
     LinearChain chain;
 };
 // The host writes the same bytes.
-static_assert(offsetof(LinearArgs, x) == 512 && offsetof(LinearArgs, product) == 1024, "as in Rust");
-static_assert(offsetof(LinearArgs, chain) == 1376 && sizeof(LinearArgs) == 1408 && alignof(LinearArgs) == 128, "as in Rust");
+static_assert(offsetof(LinearArgs, x) == 512 && offsetof(LinearArgs, handed) == 640, "as in Rust");
+static_assert(offsetof(LinearArgs, product) == 1408 && offsetof(LinearArgs, chain) == 1760, "as in Rust");
+static_assert(sizeof(LinearArgs) == 1792 && alignof(LinearArgs) == 128, "as in Rust");
 
 } // namespace distkv

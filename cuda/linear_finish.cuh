@@ -1,6 +1,7 @@
 // What becomes of a tile's sums in the linear kernels: scaled, with a bias, then
 // stored, activated, or added to the residual stream.
 #pragma once
+#include "linear_relay.cuh"
 #include "linear_tile.cuh"
 #include "rows.cuh"
 
@@ -22,6 +23,20 @@ template <class T>
 __device__ __forceinline__ void store_4(void *to, uint64_t at, float4 y) {
     const float v[4] = {y.x, y.y, y.z, y.w};
     store(static_cast<T *>(to) + at, v);
+}
+
+// Where a product of the same launch looks for what it is made from, or null.
+struct Handed {
+    void *x;        // T [rows of the kernel, in]
+    float *squares; // [rows of the kernel, in / 32]
+};
+
+template <class T>
+__device__ __forceinline__ void hand_4(const Handed &to, uint64_t at, float4 y) {
+    Run<T, 4> run;
+    run.item[0] = from_float<T>(y.x), run.item[1] = from_float<T>(y.y);
+    run.item[2] = from_float<T>(y.z), run.item[3] = from_float<T>(y.w);
+    relay_store(static_cast<T *>(to.x) + at, *reinterpret_cast<const uint2 *>(&run));
 }
 
 __device__ __forceinline__ float *shared_floats(uint32_t at) {
@@ -95,6 +110,7 @@ struct Added {
 // same order.
 __device__ __forceinline__ float4 total(uint32_t from, uint32_t sources, uint32_t source) {
     float4 y = load_4(shared_floats(from));
+#pragma unroll 1
     for (uint32_t s = 1; s < sources; s++) {
         y = y + load_4(shared_floats(from + s * source));
     }
@@ -105,13 +121,15 @@ __device__ __forceinline__ float4 total(uint32_t from, uint32_t sources, uint32_
 // was asked for.
 template <class T, uint32_t M, uint32_t END>
 __device__ __forceinline__ void finish(const Linear &p, const Share &share, const Place &at, uint32_t unit, uint32_t rows,
-                                       const Quad &mine, const Added &asked) {
+                                       const Quad &mine, const Added &asked, const Handed &handed) {
     const uint32_t pitch = (p.tile_units * UNIT + 4) * 4, source = M / p.splits * pitch;
     const uint32_t sources = p.depth > 1 ? 2 * p.splits : p.splits, quads = quads_of(p);
     const uint32_t outs = END == SWIGLU ? p.out_features / 2 : p.out_features;
     const bool feeds = END == ADD && p.next != nullptr, scaled = p.x_squares != nullptr;
     uint32_t row = mine.row;
+#pragma unroll 1
     for (uint32_t first = mine.first; first < rows; first += mine.step, row += mine.step) {
+#pragma unroll 1
         for (uint32_t base = 0; base < quads; base += mine.width) {
             const uint32_t quad = mine.quad + base, feature = feature_of(p, unit, quad);
             const bool used = row < rows && is_output(p, share, quad, feature);
@@ -126,27 +144,38 @@ __device__ __forceinline__ void finish(const Linear &p, const Share &share, cons
                     const uint32_t local = from + (quad / 4 * UNIT + quad % 4 * 4) * 4;
                     const float4 g = total(local, sources, source) * scale + add.bias;
                     const float4 u = total(local + 64, sources, source) * scale + add.bias_up;
-                    store_4<T>(p.out, to, {silu_times(g.x, u.x), silu_times(g.y, u.y), silu_times(g.z, u.z), silu_times(g.w, u.w)});
+                    const float4 y{silu_times(g.x, u.x), silu_times(g.y, u.y), silu_times(g.z, u.z), silu_times(g.w, u.w)};
+                    if (handed.x != nullptr) {
+                        hand_4<T>(handed, to, y);
+                    }
+                    store_4<T>(p.out, to, y);
                 } else {
                     float4 y = total(from + quad * 16, sources, source) * scale + add.bias;
+                    if (END == ADD) {
+                        y = y + add.stream;
+                    }
+                    if (feeds) {
+                        if (handed.x != nullptr) {
+                            hand_4<T>(handed, to, y * add.norm);
+                        }
+                        store_4<T>(p.next, to, y * add.norm);
+                        squares = sum_of(y * y);
+                    }
                     if (END == PLAIN) {
                         store_4<T>(p.out, to, y);
                     } else {
-                        if (END == ADD) {
-                            y = y + add.stream;
-                        }
                         store_4<float>(p.out, to, y);
-                    }
-                    if (feeds) {
-                        store_4<T>(p.next, to, y * add.norm);
-                        squares = sum_of(y * y);
                     }
                 }
             }
             if (feeds) {
                 squares = lanes_sum(squares, UNIT / 4);
                 if (used && quad % (UNIT / 4) == 0) {
-                    p.squares[row * share.units + feature / UNIT] = squares;
+                    const uint32_t part = row * share.units + feature / UNIT;
+                    if (handed.squares != nullptr) {
+                        relay_store(handed.squares + part, squares);
+                    }
+                    p.squares[part] = squares;
                 }
             }
         }

@@ -19,8 +19,9 @@ struct Place {
     uint32_t full;    // barriers: a stage's weights are there
     uint32_t fed;     // barriers: its rows of x are
     uint32_t empty;   // barriers: a stage was read
+    uint32_t landed;  // barriers: its rows of x were brought, and may be there
     uint32_t summed;  // barrier: what the other block of the cluster had for this one is there
-    uint32_t taken;   // barrier: the other block has read what this one sent
+    uint32_t taken;   // two barriers in turn: the other block has read what this one sent
     uint32_t scales;  // [M] f32
     uint32_t ring;    // the first stage
     uint32_t stage;   // bytes a stage

@@ -1,11 +1,12 @@
 // How a block of a Hopper kernel is fed: tiles of a matrix that the copy engine
-// brings to shared memory, and the barriers of a cluster and of the grid beside
-// those of barrier.cuh. Addresses `uint32_t` are in the shared window.
+// brings to shared memory, and the barriers of a cluster beside those of
+// barrier.cuh. Addresses `uint32_t` are in the shared window.
 // Everything here needs sm_90.
 #pragma once
 #include "barrier.cuh"
 
 #include <cuda.h>
+#include <cuda_fp16.h>
 
 namespace distkv {
 
@@ -32,16 +33,23 @@ __device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t 
                  : "memory");
 }
 
+// Whether the phase of this parity is over.
+__device__ __forceinline__ bool barrier_is_over(uint32_t barrier, uint32_t parity) {
+    uint32_t over;
+    asm volatile("{\n\t.reg .pred over;\n\t"
+                 "mbarrier.test_wait.parity.shared::cta.b64 over, [%1], %2;\n\t"
+                 "selp.u32 %0, 1, 0, over;\n\t}" : "=r"(over) : "r"(barrier), "r"(parity)
+                 : "memory");
+    return over != 0;
+}
+
 // Barrier 2, for what one warp makes and others wait for, threads of both counted.
 __device__ __forceinline__ void made_arrive(uint32_t threads) {
     asm volatile("bar.arrive 2, %0;" ::"r"(threads) : "memory");
 }
 __device__ __forceinline__ void made_wait(uint32_t threads) { asm volatile("bar.sync 2, %0;" ::"r"(threads) : "memory"); }
 
-// Barrier 3, likewise.
-__device__ __forceinline__ void scales_arrive(uint32_t threads) {
-    asm volatile("bar.arrive 3, %0;" ::"r"(threads) : "memory");
-}
+// Barrier 3, for scales.
 __device__ __forceinline__ void scales_wait(uint32_t threads) { asm volatile("bar.sync 3, %0;" ::"r"(threads) : "memory"); }
 
 // ---- Copies ----
@@ -173,34 +181,6 @@ __device__ __forceinline__ void multiply(float (&d)[32], uint64_t a, uint64_t b)
         DISTKV_WGMMA("bf16");
     }
 #undef DISTKV_WGMMA
-}
-
-// ---- Barrier of the grid ----
-
-// Its blocks are all resident. The upper half of the barrier counts the times
-// that all have arrived, the lower half those that have since: it is 0 again
-// each time, and nothing has to be reset. A count, and no parity: who is held up
-// while all others go on still finds that his phase is over.
-__device__ __forceinline__ uint32_t grid_read(const uint32_t *barrier) {
-    uint32_t now;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(barrier) : "memory");
-    return now;
-}
-
-// By one thread, after a barrier of its block. What the copy engine of another
-// block is to read counts as another kind of access, hence the proxy fences.
-__device__ __forceinline__ void grid_arrive(uint32_t *barrier) {
-    const uint32_t step = blockIdx.x == 0 ? 0x10000u - (gridDim.x - 1) : 1;
-    asm volatile("fence.proxy.async.global;\n\t"
-                 "red.release.gpu.global.add.u32 [%0], %1;" ::"l"(barrier), "r"(step) : "memory");
-}
-
-// Until all have arrived `times` times since the barrier read `start`, which it
-// did before this block arrived.
-__device__ __forceinline__ void grid_wait(const uint32_t *barrier, uint32_t start, uint32_t times) {
-    while (((grid_read(barrier) >> 16) - (start >> 16) & 0xffff) < times) {
-    }
-    asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 // ---- Clusters ----

@@ -1,5 +1,6 @@
 // Rotary embedding of a step's queries and keys, and keys and values into the
 // pool.
+#include "barrier.cuh"
 #include "e4m3.cuh"
 #include "paged_kv.cuh"
 #include "rows.cuh"
@@ -105,9 +106,14 @@ __device__ __forceinline__ void load_pairs(const T *from, const Pairs<W> &at, fl
 // their pairs from head to head. Blocks along y share a row's heads.
 template <uint32_t W, uint32_t N, class T>
 __device__ __forceinline__ void rope_append_heads(const RopeAppend &p, uint32_t lanes) {
-    const uint32_t rows = begin_kernel(p.rows), d = p.head_dim, keys = p.heads, values = keys + p.kv_heads;
+    // Attention, which comes next, may bring keys of earlier steps meanwhile; no kernel
+    // writes a Step.
+    launch_next();
+    const uint32_t rows = *reinterpret_cast<const volatile uint32_t *>(p.rows), d = p.head_dim;
+    const uint32_t keys = p.heads, values = keys + p.kv_heads;
     const uint32_t all = values + p.kv_heads, width = all * d;
     const uint32_t lane = threadIdx.x % lanes, groups = blockDim.x / lanes;
+    wait_for_previous();
     for (uint32_t row = blockIdx.x; row < rows; row += gridDim.x) {
         const Slot slot = p.slots[row];
         T *qkv = static_cast<T *>(p.qkv) + uint64_t(row) * width;

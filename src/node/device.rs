@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use crate::device::Device;
 use crate::device::cpu::{CpuDevice, CpuOptions};
-use crate::device::cuda::{CudaDevice, CudaOptions, Element};
+use crate::device::cuda::{CudaDevice, CudaOptions, Element, FENCED_BELOW};
 use crate::kv::pool::KvPool;
 use crate::kv::rblock::KvShape;
 
@@ -92,6 +92,7 @@ impl EngineDevice for CudaDevice {
             max_rows: model.schedule.max_rows,
             max_seqs: model.schedule.max_sequences,
             graphs: true,
+            fenced_below: FENCED_BELOW,
         };
         Ok(Self::new(options)?)
     }

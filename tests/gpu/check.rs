@@ -13,6 +13,7 @@ mod golden;
 #[path = "../common/smollm2.rs"]
 mod smollm2;
 
+mod decode;
 mod export;
 mod fp8;
 mod goldens;
@@ -38,6 +39,8 @@ const CHECKS: &[(&str, Check)] = &[
     ("attention", kernels::attention),
     ("rows", kernels::rows),
     ("fp8", fp8::fp8),
+    ("handed", decode::handed),
+    ("short", decode::short),
     ("choices", kernels::choices),
     ("goldens", goldens::all_local),
     ("borrowed", goldens::most_elsewhere),

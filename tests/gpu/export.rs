@@ -4,7 +4,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use distkv::device::cuda::driver::{Context, Stream};
-use distkv::device::cuda::{CudaDevice, CudaOptions, Element, KvMemory};
+use distkv::device::cuda::{CudaDevice, CudaOptions, Element, FENCED_BELOW, KvMemory};
 use distkv::kv::rblock::{KvDtype, KvShape};
 use distkv::node::device::DeviceName;
 use rustix::fs::SeekFrom;
@@ -19,7 +19,14 @@ const PIECE: usize = 256 << 20;
 /// that is the error.
 pub fn memory_for_a_nic(settings: &Settings) -> Result<String, String> {
     let DeviceName::Cuda(ordinal) = settings.device else { return Err("this check is for a GPU".into()) };
-    let options = CudaOptions { ordinal, element: Element::Bf16, max_rows: 16, max_seqs: 16, graphs: false };
+    let options = CudaOptions {
+        ordinal,
+        element: Element::Bf16,
+        max_rows: 16,
+        max_seqs: 16,
+        graphs: false,
+        fenced_below: FENCED_BELOW,
+    };
     let device = CudaDevice::new(options).map_err(|e| e.to_string())?;
     // No whole pages of the host by itself.
     let shape = KvShape { layers: 3, kv_heads: 1, head_dim: 80, block_tokens: 16, dtype: KvDtype::Bf16 };

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use distkv::device::cpu::reference;
 use distkv::device::cpu::{CpuDevice, CpuOptions, Math};
-use distkv::device::cuda::{CudaDevice, CudaOptions, Element};
+use distkv::device::cuda::{CudaDevice, CudaOptions, Element, FENCED_BELOW};
 use distkv::device::tensor::{DType, RawTensor};
 use distkv::device::{AttentionShape, AttnSeq, Choice, Device, Norm, Pass, Rope, RowSlot, StepInput};
 use distkv::kv::pool::KvPool;
@@ -22,11 +22,12 @@ const MAX_ROWS: usize = 1024;
 
 pub fn gpu(settings: &Settings, element: Element) -> Result<CudaDevice, String> {
     let DeviceName::Cuda(ordinal) = settings.device else { return Err("these checks are for a GPU".into()) };
-    let options = CudaOptions { ordinal, element, max_rows: MAX_ROWS, max_seqs: 256, graphs: true };
+    let options =
+        CudaOptions { ordinal, element, max_rows: MAX_ROWS, max_seqs: 256, graphs: true, fenced_below: FENCED_BELOW };
     CudaDevice::new(options).map_err(|e| e.to_string())
 }
 
-fn noise(random: &mut ChaCha8Rng, len: usize, size: f32) -> Vec<f32> {
+pub fn noise(random: &mut ChaCha8Rng, len: usize, size: f32) -> Vec<f32> {
     (0..len).map(|_| bf16::from_f32(random.random_range(-size..size)).to_f32()).collect()
 }
 

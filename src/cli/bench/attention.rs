@@ -12,7 +12,7 @@ use super::report::{Output, Report};
 use crate::device::cpu::bandwidth::ReadSweep;
 use crate::device::cpu::{CpuHolder, CpuOptions};
 use crate::device::cuda::driver::Event;
-use crate::device::cuda::{CudaDevice, CudaOptions, Element};
+use crate::device::cuda::{CudaDevice, CudaOptions, Element, FENCED_BELOW};
 use crate::device::{AttentionShape, AttnSeq, Device, HolderKernel, Rope, RowSlot, StepInput};
 use crate::kv::pool::KvPool;
 use crate::kv::rblock::{KvDtype, KvRun, KvShape};
@@ -174,6 +174,7 @@ fn on_gpu(args: &Args, work: &Work, ordinal: usize) -> anyhow::Result<Figures> {
         max_rows: rows,
         max_seqs: args.batch,
         graphs: false,
+        fenced_below: FENCED_BELOW,
     };
     let mut device = CudaDevice::new(options)?;
     let pool = device.pool(*kv, *blocks)?;

@@ -23,6 +23,8 @@ use super::driver::{Context, Stream};
 use super::element::Element;
 use super::kernels::{Grid, Kernel, Kernels, Swizzle, Tensor, TensorMap};
 use super::memory::GpuMemory;
+use super::rows::Turned;
+use super::short::{HeadNorms, Short};
 use super::step::{Addresses, Taken};
 use super::widen::Widened;
 use crate::device::{AttentionShape, DeviceError, Result};
@@ -63,6 +65,7 @@ struct Fit {
     pool: u64,
     blocks: u32,
     kernels: Fast,
+    short: Option<Short>,
 }
 
 enum Fast {
@@ -200,6 +203,12 @@ impl Attention {
         self.fit.as_ref().is_some_and(|f| Some(f.pool) == pool.device_address() && f.blocks == pool.blocks())
     }
 
+    /// Whether a step of so many rows, or fewer that are padded, can be run by
+    /// [`run_short`](Self::run_short).
+    pub fn is_short(&self, rows: usize, taken: &Taken) -> bool {
+        self.fit.as_ref().and_then(|f| f.short.as_ref()).is_some_and(|short| short.takes(rows, taken))
+    }
+
     /// A new step: what was planned is of the last one.
     pub fn begin(&mut self) {
         self.plans.iter_mut().for_each(|plan| plan.fresh = false);
@@ -228,7 +237,8 @@ impl Attention {
             true => Fast::Tiled(Box::new(self.tile(kernels, stream, shape, pool, address)?)),
             false => Fast::Plain(kernels.typed(&format!("attention_plain{}", of_pool(&kv)), 0)?),
         };
-        self.fit = Some(Fit { shape: *shape, kv, pool: address, blocks: pool.blocks(), kernels: fast });
+        let short = Short::new(self.context.properties(), kernels, self.element, shape, &kv)?;
+        self.fit = Some(Fit { shape: *shape, kv, pool: address, blocks: pool.blocks(), kernels: fast, short });
         Ok(true)
     }
 
@@ -376,7 +386,7 @@ impl Attention {
         let shape = fit.shape;
         assert!(qkv.cols() >= shape.q_width() && o.cols() == shape.q_width() && lse.cols() == shape.heads, "buffers");
         let window = window.unwrap_or(0);
-        let kv = fit.pool + (layer * fit.kv.layer_bytes() * fit.blocks as usize) as u64;
+        let kv = self.layer(layer);
         match &fit.kernels {
             Fast::Tiled(_) => {}
             Fast::Plain(kernel) => {
@@ -495,6 +505,32 @@ impl Attention {
             }
         }
         Ok(())
+    }
+
+    /// The rotary embedding, the way of keys and values into the pool and the
+    /// attention of one layer, for a step that [`is_short`](Self::is_short).
+    pub fn run_short(
+        &self,
+        stream: &Stream,
+        at: &Addresses,
+        rows: usize,
+        window: Option<u32>,
+        layer: usize,
+        norms: HeadNorms,
+        turned: Turned,
+        qkv: &Buffer,
+        o: &Buffer,
+        lse: &Buffer,
+    ) -> Result<()> {
+        let Some(Fit { shape, kv, short: Some(short), .. }) = &self.fit else {
+            return Err(DeviceError::System("attention before its pool was made known".into()));
+        };
+        short.run(stream, at, rows, shape, window, norms, turned, (self.layer(layer), kv), qkv, o, lse)
+    }
+
+    /// The address of a layer of the pool.
+    fn layer(&self, layer: usize) -> u64 {
+        self.fit.as_ref().map_or(0, |f| f.pool + (layer * f.kv.layer_bytes() * f.blocks as usize) as u64)
     }
 
     fn blocks(&self) -> usize {

@@ -1,7 +1,7 @@
 //! Linear layers of few rows: a kernel of our own that runs up to four of them
-//! one after another in one launch, the weights of the next on their way before
-//! the last is done. They are queued here until something else is to be launched
-//! that may read what they write.
+//! one after another in one launch, each made from the one before, the weights of
+//! the next on their way before the last is done. They are queued here until
+//! something else is to be launched that may read what they write.
 
 #![allow(unsafe_code)]
 
@@ -25,10 +25,21 @@ const THREADS: u32 = 352;
 const CLUSTER: u32 = 2;
 /// Shared memory of a block: all of a multiprocessor.
 const SHARED: u32 = 232_448;
+/// What is left of it, by bucket: with few rows a block of the attention before or
+/// behind (`cuda/decode_short.cu`) runs beside, with more the ring needs all.
+const LEFT: [u32; BUCKETS.len()] = [9 << 10, 0, 0];
+/// Up to so many rows are handed on without a fence.
+const LOOKED_AT: usize = 2;
+/// Bytes of a launch's weights below which they are handed on behind one all the same:
+/// the memory is idle when it comes, and looking at rows takes longer. (On an H200:
+/// launches of 436 MB are faster without, of 122 MB with.)
+pub const FENCED_BELOW: u64 = 200_000_000;
 /// Stages of the ring, most.
 const STAGES: u32 = 16;
 /// Bytes of a brick, the unit of the weights: 32 features x 64 input features.
 const BRICK: u32 = 4096;
+/// Bytes of a relay before its halves.
+const RELAY_HEAD: usize = 128;
 /// Weights are asked for at this share of what the memory's clock and width give: a
 /// little more than it delivers (0.92 to 0.94, an H200).
 const PACE: f64 = 0.955;
@@ -61,28 +72,49 @@ struct Cut {
 #[repr(C, align(128))]
 struct Arguments {
     weights: [TensorMap; MOST],
-    x: [TensorMap; MOST],
+    x: TensorMap,
+    handed: [[TensorMap; MOST - 1]; 2],
     product: [api::Linear; MOST],
     chain: api::LinearChain,
 }
 
 const _: () = assert!(
     std::mem::offset_of!(Arguments, x) == 512
-        && std::mem::offset_of!(Arguments, product) == 1024
-        && std::mem::offset_of!(Arguments, chain) == 1376
-        && size_of::<Arguments>() == 1408
+        && std::mem::offset_of!(Arguments, handed) == 640
+        && std::mem::offset_of!(Arguments, product) == 1408
+        && std::mem::offset_of!(Arguments, chain) == 1760
+        && size_of::<Arguments>() == 1792
 );
 
 #[derive(Clone, Copy)]
 struct Queued {
     weights: TensorMap,
-    x: TensorMap,
+    /// Where its input lies, unless it is handed on, and elements of a row there.
+    x: u64,
+    pitch: u64,
     product: api::Linear,
     cut: Cut,
 }
 
+/// What products of a launch hand rows on through: see `cuda/linear_relay.cuh`.
+struct Relay {
+    memory: GpuMemory,
+    /// Bytes of each of its halves.
+    half: usize,
+}
+
+impl Relay {
+    fn new(context: &Arc<Context>, stream: &Stream, half: usize) -> Result<Self> {
+        let memory = GpuMemory::new(context, RELAY_HEAD + 2 * half, "linear layers")?;
+        memory.fill(stream, 0xff)?;
+        memory.fill_range(stream, 0..RELAY_HEAD, 0)?;
+        Ok(Self { memory, half })
+    }
+}
+
 /// The queue and its kernels.
 pub struct Chain {
+    context: Arc<Context>,
     element: Element,
     /// By bucket.
     kernels: [Kernel; BUCKETS.len()],
@@ -91,14 +123,19 @@ pub struct Chain {
     clusters: [u32; BUCKETS.len()],
     /// Bytes a second that weights are asked for; 0: as they come up.
     pace: f64,
-    barrier: GpuMemory,
+    /// By bucket, the last the one in use: recorded launches know those before it.
+    relays: [Vec<Relay>; BUCKETS.len()],
     queue: Vec<Queued>,
     bucket: usize,
+    /// Rows of what is queued.
+    rows: usize,
+    /// Bytes of weights.
+    fenced_below: u64,
 }
 
 impl Chain {
     /// `None` where the GPU is no Hopper.
-    pub fn new(context: &Arc<Context>, kernels: &Kernels, stream: &Stream, element: Element) -> Result<Option<Self>> {
+    pub fn new(context: &Arc<Context>, kernels: &Kernels, element: Element, fenced_below: u64) -> Result<Option<Self>> {
         if context.properties().capability != (9, 0) {
             return Ok(None);
         }
@@ -109,10 +146,20 @@ impl Chain {
         for (clusters, kernel) in clusters.iter_mut().zip(kernels) {
             *clusters = kernel.clusters(THREADS, CLUSTER)?;
         }
-        let barrier = GpuMemory::new(context, 4, "linear layers")?;
-        barrier.fill(stream, 0)?;
         let pace = PACE * context.properties().memory_bandwidth as f64;
-        Ok(Some(Self { element, kernels, clusters, pace, barrier, queue: Vec::with_capacity(MOST), bucket: 0 }))
+        let (context, queue) = (context.clone(), Vec::with_capacity(MOST));
+        Ok(Some(Self {
+            context,
+            element,
+            kernels,
+            clusters,
+            pace,
+            relays: Default::default(),
+            queue,
+            bucket: 0,
+            rows: 0,
+            fenced_below,
+        }))
     }
 
     /// Rows that a buffer needs room for, for its `rows` to be taken.
@@ -145,13 +192,21 @@ impl Chain {
         next: Option<(Norm<'_, Vector>, &Buffer)>,
     ) -> Result<()> {
         let bucket = BUCKETS.iter().position(|&most| rows <= most).expect("few rows, as `takes` said");
-        if self.queue.len() == MOST || (bucket != self.bucket && !self.queue.is_empty()) {
+        let follows = self.queue.last().is_some_and(|last| last.feeds(x.address(), weight.ins()));
+        if self.queue.len() == MOST || bucket != self.bucket || rows != self.rows || !follows {
             self.flush(stream)?;
         }
-        self.bucket = bucket;
+        (self.bucket, self.rows) = (bucket, rows);
         let (outs, ins, size) = (weight.outs() as u64, weight.ins() as u64, self.element.size() as u64);
         let most = BUCKETS[bucket];
-        let cut = Cut::new(weight, most, end, self.clusters[bucket]);
+        // Who adds to a feature reads what he wrote, not what another block did.
+        let same = self.queue.iter().find(|q| q.product.out == out.address()).map(|q| q.cut);
+        let mut cut = Cut::new(weight, most, end, self.clusters[bucket], same);
+        if cut.is_none() {
+            self.flush(stream)?;
+            cut = Cut::new(weight, most, end, self.clusters[bucket], None);
+        }
+        let cut = cut.expect("a brick at a time is a cut");
         let (wide, places) = (ins * size, ins / 64);
         let (dims, strides, piece): (&[u64], &[u64], &[u32]) = match end {
             // Gate features and the up features that belong to them.
@@ -164,14 +219,6 @@ impl Chain {
         };
         let (swizzle, promotion) = (Swizzle::Bytes128, 128);
         let weights = Tensor { address: weight.address(), dims, strides, piece, swizzle, promotion };
-        let input = Tensor {
-            address: x.address(),
-            dims: &[64, most as u64, places],
-            strides: &[x.cols() as u64 * size, 64 * size],
-            piece: &[64, most as u32, cut.depth],
-            swizzle,
-            promotion,
-        };
         let total = (ins * outs * size) as f64;
         let pace = if self.pace > 0.0 { total / self.pace / f64::from(cut.share) * 1e12 } else { 0.0 };
         let product = api::Linear {
@@ -191,8 +238,8 @@ impl Chain {
             eps: x.unscaled.unwrap_or(0.0),
             pace: pace as u32,
         };
-        let (weights, x) = (TensorMap::new(self.element, &weights)?, TensorMap::new(self.element, &input)?);
-        self.queue.push(Queued { weights, x, product, cut });
+        let weights = TensorMap::new(self.element, &weights)?;
+        self.queue.push(Queued { weights, x: x.address(), pitch: x.cols() as u64, product, cut });
         Ok(())
     }
 
@@ -202,50 +249,108 @@ impl Chain {
         let rows = BUCKETS[self.bucket] as u32;
         let most = |f: fn(&Cut, u32) -> u32| self.queue.iter().map(|q| f(&q.cut, rows)).max().unwrap_or(0);
         let (stage, sums) = (most(Cut::stage), most(Cut::sums));
-        let stages = ((SHARED - 1024 - sums) / stage).min(STAGES);
+        let stages = ((SHARED - LEFT[self.bucket] - 1024 - sums) / stage).min(STAGES);
+        let size = self.element.size();
+        let handed =
+            |q: &Queued| rows as usize * (q.product.in_features as usize * size + q.product.in_features as usize / 8);
+        let half = self.queue.iter().skip(1).map(handed).sum::<usize>();
+        let relays = &mut self.relays[self.bucket];
+        if relays.last().is_none_or(|relay| half > relay.half) {
+            relays.push(Relay::new(&self.context, stream, half)?);
+        }
+        let relay = relays.last().expect("made above");
+        let weights = |q: &Queued| u64::from(q.product.in_features) * u64::from(q.product.out_features) * size as u64;
+        let fenced = self.rows > LOOKED_AT || self.queue.iter().map(weights).sum::<u64>() < self.fenced_below;
+        let x = first.input(self.element, rows, first.x, first.pitch)?;
         let mut arguments = Arguments {
             weights: [first.weights; MOST],
-            x: [first.x; MOST],
+            x,
+            handed: [[x; MOST - 1]; 2],
             product: [first.product; MOST],
             chain: api::LinearChain {
-                barrier: self.barrier.address(),
+                relay: relay.memory.address(),
                 count: self.queue.len() as u32,
                 stages,
                 stage,
+                half: relay.half as u32,
+                fenced: fenced.into(),
                 reserved: 0,
             },
         };
+        let mut at = relay.memory.address() + RELAY_HEAD as u64;
         for (i, queued) in self.queue.drain(..).enumerate() {
-            (arguments.weights[i], arguments.x[i], arguments.product[i]) = (queued.weights, queued.x, queued.product);
+            (arguments.weights[i], arguments.product[i]) = (queued.weights, queued.product);
+            if i > 0 {
+                for (half, maps) in arguments.handed.iter_mut().enumerate() {
+                    let (x, pitch) = match fenced {
+                        true => (queued.x, queued.pitch),
+                        false => (at + (half * relay.half) as u64, u64::from(queued.product.in_features)),
+                    };
+                    maps[i - 1] = queued.input(self.element, rows, x, pitch)?;
+                }
+                at += handed(&queued) as u64;
+            }
         }
         let grid = Grid { blocks: (self.clusters[self.bucket] * CLUSTER, 1, 1), threads: THREADS, cluster: CLUSTER };
         let kernel = self.kernels[self.bucket].with_shared(1024 + stages * stage + sums);
         // SAFETY: what was queued names buffers with room for the bucket's rows
-        // (`takes`) and matrices of the features given; all blocks are resident at
-        // once, as `clusters` is what the device holds.
+        // (`takes`) and matrices of the features given, each made from the one before
+        // (`feeds`); all blocks are resident at once, as `clusters` is what the device
+        // holds; the relay has room.
         unsafe { kernel.overlap_raw(stream, grid, (&raw const arguments).cast()) }
+    }
+}
+
+impl Queued {
+    /// Whether the product hands what is at this address, of so many features, to the
+    /// next.
+    fn feeds(&self, x: u64, ins: usize) -> bool {
+        let p = &self.product;
+        match p.end {
+            end if end == End::Swiglu as u32 => p.out == x && p.out_features as usize / 2 == ins,
+            end if end == End::Add as u32 => p.next == x && p.out_features as usize == ins,
+            _ => false,
+        }
+    }
+
+    /// Its input at an address, a stage at a time.
+    fn input(&self, element: Element, rows: u32, address: u64, pitch: u64) -> Result<TensorMap> {
+        let size = element.size() as u64;
+        let tensor = Tensor {
+            address,
+            dims: &[64, u64::from(rows), u64::from(self.product.in_features) / 64],
+            strides: &[pitch * size, 64 * size],
+            piece: &[64, rows, self.cut.depth],
+            swizzle: Swizzle::Bytes128,
+            promotion: 128,
+        };
+        TensorMap::new(element, &tensor)
     }
 }
 
 impl Cut {
     /// The cut with which the busiest block has done soonest, by what was measured
-    /// on an H200.
-    fn new(weight: &Matrix, rows: usize, end: End, clusters: u32) -> Self {
+    /// on an H200; with `same`, of those with its tiles and splits.
+    fn new(weight: &Matrix, rows: usize, end: End, clusters: u32, same: Option<Self>) -> Option<Self> {
         /// Bytes a microsecond that a block is given by the memory.
         const RATE: f64 = 34_000.0;
-        /// What an x is of, as to the time that it takes: it comes from the cache.
-        const ROWS: f64 = 0.3;
+        /// What an x is of, as to the time that it takes: it comes from the cache, but
+        /// takes room in the ring.
+        const ROWS: f64 = 0.6;
         /// Microseconds: a stage at least, a tile's end, with a cluster's meeting.
         const STAGE: f64 = 0.2;
-        const TILE: [f64; 2] = [0.3, 0.35];
+        const TILE: [f64; 2] = [1.0, 0.7];
         let units = if end == End::Swiglu { weight.outs() / 32 } else { weight.outs().div_ceil(32) };
         let places = weight.ins() / 64;
-        let mut best = (f64::INFINITY, Self { tile_units: 1, depth: 1, splits: 1, share: 1 });
+        let mut best: Option<(f64, Self)> = None;
         for (splits, tile_end) in [1, CLUSTER as usize].into_iter().zip(TILE) {
             let blocks = if splits == 1 { (clusters * CLUSTER) as usize } else { clusters as usize };
             for tile_units in 1..=8usize {
+                if same.is_some_and(|s| (s.tile_units as usize, s.splits as usize) != (tile_units, splits)) {
+                    continue;
+                }
                 // Memory is read in order within a place's 128 bytes, times the depth.
-                for (depth, slower) in [(1usize, 1.16), (2, 1.05), (4, 1.0), (8, 1.0)] {
+                for (depth, slower) in [(1usize, 1.3), (2, 1.15), (4, 1.0), (8, 1.02)] {
                     let stages = places.div_ceil(depth);
                     if tile_units * depth > 8 || stages < splits {
                         continue;
@@ -255,15 +360,15 @@ impl Cut {
                     let stage = (bytes * slower + ROWS * (depth * rows * 128) as f64) / RATE;
                     // Half a stage more until the first is there.
                     let cost = passes as f64 * (stages as f64 * stage.max(STAGE) + tile_end) + bytes / RATE / 2.0;
-                    if cost < best.0 {
+                    if best.is_none_or(|(least, _)| cost < least) {
                         let share = (passes * stages * tile_units * depth) as u32 * (BRICK / 1024);
                         let (tile_units, depth, splits) = (tile_units as u32, depth as u32, splits as u32);
-                        best = (cost, Self { tile_units, depth, splits, share });
+                        best = Some((cost, Self { tile_units, depth, splits, share }));
                     }
                 }
             }
         }
-        best.1
+        best.map(|(_, cut)| cut)
     }
 
     /// Bytes of shared memory that a stage takes.

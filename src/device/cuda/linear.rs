@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use super::CudaOptions;
 use super::api;
 use super::blas::{Blas, Into, Product};
 use super::buffer::{Buffer, FEW_ROWS, Matrix, Vector};
@@ -32,19 +33,14 @@ pub struct Linears {
 }
 
 impl Linears {
-    /// For steps of up to so many rows.
-    pub fn new(
-        context: &Arc<Context>,
-        kernels: &Kernels,
-        stream: &Stream,
-        element: Element,
-        max_rows: usize,
-    ) -> Result<Self> {
+    /// For steps of a device made so.
+    pub fn new(context: &Arc<Context>, kernels: &Kernels, stream: &Stream, options: &CudaOptions) -> Result<Self> {
+        let CudaOptions { element, max_rows, fenced_below, .. } = *options;
         Ok(Self {
             context: context.clone(),
             element,
             blas: Blas::new(context, element)?,
-            chain: Chain::new(context, kernels, stream, element)?,
+            chain: Chain::new(context, kernels, element, fenced_below)?,
             fp8: Fp8::new(context, kernels, stream, element)?,
             add: kernels.typed("add", 0)?,
             add_bias: kernels.typed("add_bias", 0)?,

@@ -48,8 +48,14 @@ impl GpuMemory {
 
     /// Fills it with one byte, behind what the stream was given.
     pub fn fill(&self, stream: &Stream, byte: u8) -> Result<()> {
-        // SAFETY: the range is this allocation.
-        unsafe { result::memset_d8_async(self.address, byte, self.len, stream.raw()) }
+        self.fill_range(stream, 0..self.len, byte)
+    }
+
+    /// The same for some of them.
+    pub fn fill_range(&self, stream: &Stream, range: std::ops::Range<usize>, byte: u8) -> Result<()> {
+        assert!(range.end <= self.len, "a range beyond its memory");
+        // SAFETY: the range is of this allocation, as checked.
+        unsafe { result::memset_d8_async(self.address + range.start as u64, byte, range.len(), stream.raw()) }
             .map_err(|e| failed("filling memory", e))
     }
 

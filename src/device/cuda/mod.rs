@@ -26,6 +26,7 @@ mod load;
 mod memory;
 mod refusal;
 mod rows;
+mod short;
 mod step;
 mod symbols;
 mod widen;
@@ -36,6 +37,7 @@ use std::sync::Arc;
 
 pub use blas::present as matrix_library;
 pub use buffer::{Buffer, Matrix, Vector};
+pub use chain::FENCED_BELOW;
 pub use element::Element;
 pub use memory::KvMemory;
 
@@ -48,6 +50,7 @@ use linear::Linears;
 use load::Loader;
 use memory::GpuMemory;
 use rows::Rows;
+use short::HeadNorms;
 use step::{Addresses, Capacity, StepMemory, Taken};
 use widen::Widened;
 
@@ -81,6 +84,9 @@ pub struct CudaOptions {
     pub max_seqs: usize,
     /// Record decode steps and replay them. Off for comparisons.
     pub graphs: bool,
+    /// Launches of linear layers with fewer bytes of weights hand rows on behind a
+    /// fence: [`FENCED_BELOW`], or others for comparisons.
+    pub fenced_below: u64,
 }
 
 /// What is known of decode steps of one number of rows.
@@ -94,7 +100,8 @@ enum Recorded {
 pub struct CudaDevice {
     // Waits for the GPU before anything is freed: fields go in order.
     _drain: Drain,
-    recorded: BTreeMap<usize, Recorded>,
+    /// By number of rows, and whether the contexts are short.
+    recorded: BTreeMap<(usize, bool), Recorded>,
     /// The number of rows that is being recorded.
     recording: Option<usize>,
     options: CudaOptions,
@@ -107,6 +114,9 @@ pub struct CudaDevice {
     step: StepMemory,
     at: Addresses,
     taken: Taken,
+    /// The step's contexts are short: a layer's attention turns and appends too, and
+    /// this is what it will need for that.
+    short: Option<HeadNorms>,
     /// What a kernel of the step was refused for.
     failed: Option<DeviceError>,
     stream: Arc<Stream>,
@@ -142,7 +152,7 @@ impl CudaDevice {
             recorded: BTreeMap::new(),
             recording: None,
             rows: Rows::new(&context, &kernels, options.element, padded)?,
-            linears: Linears::new(&context, &kernels, &stream, options.element, options.max_rows)?,
+            linears: Linears::new(&context, &kernels, &stream, &options)?,
             attention: Attention::new(&context, &kernels, options.element, padded, most.seqs)?,
             chooser: None,
             loader: None,
@@ -151,10 +161,17 @@ impl CudaDevice {
             step,
             at,
             taken: Taken::default(),
+            short: None,
             failed: None,
             stream,
             context,
         })
+    }
+
+    /// Whether the step that was begun last is of short contexts only, which a kernel
+    /// of their own attends to.
+    pub fn is_short(&self) -> bool {
+        self.short.is_some()
     }
 
     /// What the GPU is.
@@ -395,9 +412,11 @@ impl Device for CudaDevice {
             && self.taken.plain_decode
             && padded <= MAX_RECORDED.min(self.options.max_seqs)
             && self.attention.is_fit(pool);
+        let short = local && self.attention.is_fit(pool) && self.attention.is_short(padded, &self.taken);
+        self.short = short.then(HeadNorms::default);
         let mut pass = Pass::Run { rows, logits: self.taken.logits };
         if record {
-            match self.recorded.get(&padded) {
+            match self.recorded.get(&(padded, short)) {
                 Some(Recorded::Graph(graph)) => {
                     self.stream.launch(graph)?;
                     return Ok(Pass::Replayed);
@@ -406,7 +425,7 @@ impl Device for CudaDevice {
                     self.stream.begin_capture()?;
                     self.recording = Some(padded);
                 }
-                None => drop(self.recorded.insert(padded, Recorded::Warm)),
+                None => drop(self.recorded.insert((padded, short), Recorded::Warm)),
             }
             pass = Pass::Run { rows: padded, logits: padded };
         }
@@ -424,7 +443,7 @@ impl Device for CudaDevice {
         }
         let graph = graph?;
         self.stream.launch(&graph)?;
-        self.recorded.insert(rows, Recorded::Graph(graph));
+        self.recorded.insert((rows, self.short.is_some()), Recorded::Graph(graph));
         Ok(())
     }
 
@@ -502,6 +521,11 @@ impl Device for CudaDevice {
         self.attempt(|d| {
             if d.attention.fit(&d.kernels, &d.stream, shape, pool)? {
                 d.recorded.clear();
+                d.short = d.short.filter(|_| d.attention.is_short(Self::recorded_rows(rows), &d.taken));
+            }
+            if let Some(norms) = &mut d.short {
+                *norms = HeadNorms::new(shape, qk_norm);
+                return Ok(());
             }
             let kv = Self::layer(pool, layer)?;
             d.rows.rope_append(&d.stream, &d.at, rows, shape, qk_norm, kv, pool.shape(), qkv)
@@ -519,11 +543,18 @@ impl Device for CudaDevice {
         lse: &mut Buffer,
     ) {
         (o.counted, o.unscaled) = (Counted::Rows, None);
+        let rows = self.recording.unwrap_or(self.taken.rows);
         self.attempt(|d| {
             if d.attention.fit(&d.kernels, &d.stream, shape, pool)? {
                 d.recorded.clear();
             }
-            d.attention.run(&d.stream, &d.at, &d.taken, window, layer, qkv, o, lse)
+            match d.short {
+                Some(norms) => {
+                    let turned = d.rows.turned()?;
+                    d.attention.run_short(&d.stream, &d.at, rows, window, layer, norms, turned, qkv, o, lse)
+                }
+                None => d.attention.run(&d.stream, &d.at, &d.taken, window, layer, qkv, o, lse),
+            }
         });
     }
 

@@ -23,6 +23,17 @@ struct Angles {
     table: GpuMemory,
 }
 
+/// Where a kernel finds how far to turn the step's rows.
+#[derive(Clone, Copy, Debug)]
+pub struct Turned {
+    /// f32 `[rows, pairs, 2 (cos, sin)]`.
+    pub table: u64,
+    /// Pairs of a head that are rotated.
+    pub pairs: u32,
+    /// Pairs are neighbours.
+    pub interleaved: bool,
+}
+
 /// The kernels and their memory.
 pub struct Rows {
     context: Arc<Context>,
@@ -89,6 +100,13 @@ impl Rows {
         };
         // SAFETY: the table has room for `rows` rows of `pairs`.
         unsafe { self.rope_table.overlap(stream, Grid::new((rows * pairs).div_ceil(256), 256), &arguments) }
+    }
+
+    /// What [`turn`](Self::turn) wrote.
+    pub fn turned(&self) -> Result<Turned> {
+        let Some(Angles { rope, table, .. }) = &self.angles else { return Err(unfit()) };
+        let (pairs, interleaved) = (rope.inv_freq.len() as u32, rope.interleaved);
+        Ok(Turned { table: table.address(), pairs, interleaved })
     }
 
     /// `out[r] = table[tokens[r]]`.
@@ -175,7 +193,7 @@ impl Rows {
         pool: &KvShape,
         qkv: &Buffer,
     ) -> Result<()> {
-        let Some(Angles { rope, table, .. }) = &self.angles else { return Err(unfit()) };
+        let turned = self.turned()?;
         let d = shape.head_dim;
         assert!(qkv.cols() == shape.qkv_width() && rows <= qkv.rows() && !qkv.is_single(), "fused QKV rows");
         if d > 256 || !d.is_multiple_of(2) {
@@ -187,7 +205,7 @@ impl Rows {
         let arguments = api::RopeAppend {
             qkv: qkv.address(),
             pool: kv,
-            table: table.address(),
+            table: turned.table,
             bias: 0,
             q_norm: qk_norm.map_or(0, |(q, ..)| q.address()),
             k_norm: qk_norm.map_or(0, |(_, k, _)| k.address()),
@@ -197,8 +215,8 @@ impl Rows {
             kv_heads: shape.kv_heads as u32,
             head_dim: d as u32,
             block_tokens: pool.block_tokens,
-            pairs: rope.inv_freq.len() as u32,
-            interleaved: u32::from(rope.interleaved),
+            pairs: turned.pairs,
+            interleaved: turned.interleaved.into(),
             eps: qk_norm.map_or(0.0, |(.., eps)| eps),
             fp8: u32::from(pool.dtype == KvDtype::Fp8),
         };

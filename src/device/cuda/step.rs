@@ -80,6 +80,8 @@ pub struct Taken {
     pub fewest: usize,
     /// Rows of the sequence that has the most.
     pub most: usize,
+    /// Position of the first row of the sequence that is the longest.
+    pub deepest: usize,
     /// Where the pages of sequences of more than one row begin and end.
     pub long_pages: (usize, usize),
     /// Every sequence has one row, and one row of logits.
@@ -208,6 +210,7 @@ fn check(step: &StepInput<'_>, most: &Capacity, blocks: u32) -> Result<Taken> {
         let rows = seq.rows as usize;
         taken.fewest = if taken.fewest == 0 { rows } else { taken.fewest.min(rows) };
         taken.most = taken.most.max(rows);
+        taken.deepest = taken.deepest.max(seq.position as usize);
         if rows > 1 && seq.runs > 0 {
             let (first, end) = taken.long_pages;
             let begin = seq.run as usize;

@@ -1,0 +1,146 @@
+// How a product of a launch hands rows on to the next: through a relay in the device's
+// memory, each of whose words says by itself whether it is there. A word that is not
+// is ABSENT; who reads it reads it again. So a few rows need no fence, which takes 1.5
+// to 2.5 us while weights stream: that the blocks say when they have stored only
+// spares most of the reading again. To look at more rows takes longer than the fence:
+// then they are handed on where they lie, and the relay only counts.
+//
+// A relay has counters, what of each half is to be made ABSENT again, and two halves. A launch uses one half, and makes the other, which the launch before it
+// used, ABSENT again. A half holds for each product but the first, one behind the
+// other, x as T [rows of the kernel, in] and the sums of squares as f32 [rows of the
+// kernel, in / 32]. Launches with one relay follow each other; all blocks of one are
+// resident at once. Those that are fenced are not counted as launches.
+#pragma once
+#include "linear.cuh"
+#include "linear_tile.cuh"
+#include "pipeline.cuh"
+
+namespace distkv {
+
+// Two NaNs that no conversion to bf16 or f16 gives; a NaN that no f32 operation gives.
+constexpr uint32_t ABSENT = 0xffffffff;
+// What stands for it, should it be written all the same: nobody may wait for ever.
+constexpr uint32_t NAN_16 = 0x7fff7fff, NAN_32 = 0x7fffffff;
+constexpr uint32_t RELAY_HEAD = 128; // bytes before the halves
+// Words of the head: launches; what was used of each half; times that all blocks have
+// stored what they hand on.
+constexpr uint32_t RELAY_LAUNCHES = 0, RELAY_USED = 1, RELAY_STORED = 16;
+
+// ---- Words ----
+
+__device__ __forceinline__ float2 relay_load_2(const float *from) {
+    float2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.b32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(from) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ uint4 shared_load_4(uint32_t from) {
+    uint4 v;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ bool is_absent(float2 v) {
+    return __float_as_uint(v.x) == ABSENT || __float_as_uint(v.y) == ABSENT;
+}
+
+// Two words of two elements each.
+__device__ __forceinline__ void relay_store(void *to, uint2 v) {
+    v.x = v.x == ABSENT ? NAN_16 : v.x;
+    v.y = v.y == ABSENT ? NAN_16 : v.y;
+    asm volatile("st.relaxed.gpu.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");
+}
+
+__device__ __forceinline__ void relay_store(float *to, float x) {
+    const uint32_t v = __float_as_uint(x) == ABSENT ? NAN_32 : __float_as_uint(x);
+    asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+}
+
+// ---- Halves ----
+
+// What a product's input takes of a half.
+template <uint32_t M>
+__device__ __forceinline__ uint32_t relay_bytes(const Linear &p) {
+    return M * p.in_features * 2 + M * (p.in_features / UNIT) * 4;
+}
+
+// A count of all blocks: its upper half counts the times that all have come, the
+// lower half those that have since. It is 0 again each time, and nothing has to be
+// reset. A count, and no parity: who is held up while all others go on still finds
+// that his turn is over.
+__device__ __forceinline__ uint32_t relay_count(const LinearChain &c, uint32_t word) {
+    uint32_t now;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(c.relay + word) : "memory");
+    return now >> 16;
+}
+
+// By one thread of a block.
+__device__ __forceinline__ void relay_come(const LinearChain &c, uint32_t word) {
+    const uint32_t step = blockIdx.x == 0 ? 0x10000u - (gridDim.x - 1) : 1;
+    asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(c.relay + word), "r"(step) : "memory");
+}
+
+// By one thread, after a barrier of its block: it has stored what it hands on.
+__device__ __forceinline__ void relay_stored(const LinearChain &c) {
+    if (c.fenced) {
+        asm volatile("fence.proxy.async.global;\n\tfence.acq_rel.gpu;" ::: "memory");
+    }
+    relay_come(c, RELAY_STORED);
+}
+
+// Until all have stored `times` times since the count was `start`; behind a fence, it
+// is there for the copy engine.
+__device__ __forceinline__ void relay_wait(const LinearChain &c, uint32_t start, uint32_t times) {
+    while ((relay_count(c, RELAY_STORED) - start & 0xffff) < times) {
+    }
+    if (c.fenced) {
+        asm volatile("fence.acq_rel.gpu;\n\tfence.proxy.async.global;" ::: "memory");
+    }
+}
+
+// Which half is this launch's: a block counts only when none of it asks any more.
+__device__ __forceinline__ uint32_t relay_turn(const LinearChain &c) { return relay_count(c, RELAY_LAUNCHES) & 1; }
+
+__device__ __forceinline__ uint8_t *relay_half(const LinearChain &c, uint32_t turn) {
+    return reinterpret_cast<uint8_t *>(c.relay) + RELAY_HEAD + uint64_t(turn) * c.half;
+}
+
+// By a warp: this block's share of the half that the launch before used; and says
+// what will be left of this launch's.
+template <uint32_t M>
+__device__ __forceinline__ void relay_clear(const LinearArgs &a, uint32_t turn, uint32_t lane) {
+    const uint32_t used = a.chain.relay[RELAY_USED + (turn ^ 1)];
+    uint8_t *half = relay_half(a.chain, turn ^ 1);
+    for (uint32_t i = (blockIdx.x * 32 + lane) * 16; i < used; i += gridDim.x * 32 * 16) {
+        *reinterpret_cast<uint4 *>(half + i) = {ABSENT, ABSENT, ABSENT, ABSENT};
+    }
+    if (blockIdx.x == 0 && lane == 0) {
+        uint32_t bytes = 0;
+        for (uint32_t n = 1; n < a.chain.count; n++) {
+            bytes += relay_bytes<M>(a.product[n]);
+        }
+        a.chain.relay[RELAY_USED + turn] = bytes;
+    }
+}
+
+// ---- Rows of a stage ----
+
+// Whether a stage's rows in use, as the copy engine brought them to shared memory,
+// are all there; by a warp.
+template <uint32_t M>
+__device__ __forceinline__ bool rows_are_there(const Linear &p, uint32_t rows_at, uint32_t rows, uint32_t lane) {
+    uint32_t most = 0; // ABSENT is the most that there is
+    for (uint32_t place = 0; place < p.depth; place++) {
+        const uint32_t at = rows_at + place * M * DEPTH * 2;
+#pragma unroll
+        for (uint32_t i = 0; i < M / 4; i++) { // 4 rows at once
+            if (i * 4 + lane / 8 < rows) {
+                const uint4 v = shared_load_4(at + (i * 32 + lane) * 16);
+                most = max(max(most, max(v.x, v.y)), max(v.z, v.w));
+            }
+        }
+    }
+    return !__any_sync(~0u, most == ABSENT);
+}
+
+} // namespace distkv

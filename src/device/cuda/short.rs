@@ -1,0 +1,143 @@
+//! Decode attention of short contexts, in one launch a layer with the rotary
+//! embedding: see `cuda/decode_short.cu`.
+
+#![allow(unsafe_code)]
+
+use super::api;
+use super::buffer::{Buffer, Vector};
+use super::driver::{Properties, Stream};
+use super::element::Element;
+use super::kernels::{Grid, Kernel, Kernels};
+use super::rows::Turned;
+use super::step::{Addresses, Taken};
+use crate::device::{AttentionShape, Result};
+use crate::kv::rblock::KvShape;
+
+/// Widths of heads that the kernel exists for.
+const HEAD_DIMS: [usize; 2] = [64, 128];
+/// Most query heads a KV head.
+const MAX_GROUP: usize = 8;
+/// Positions that a block attends to, most, of one row and of several: with more the
+/// other kernels are faster (the kernel itself takes 128).
+const TOKENS: [usize; 2] = [64, 32];
+/// Blocks that share a row and KV head, most.
+const SHARERS: usize = 8;
+/// Blocks a multiprocessor of which a launch consists, most: with more, the other
+/// kernels are faster.
+const BLOCKS: usize = 4;
+/// Threads of a block.
+const THREADS: u32 = 128;
+
+/// The kernel for one shape of heads.
+pub struct Short {
+    kernel: Kernel,
+    kv_heads: usize,
+    /// Blocks of a launch, most.
+    blocks: usize,
+    /// Blocks that may share a row and KV head.
+    sharers: usize,
+}
+
+/// The queries' and keys' norms of a layer.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct HeadNorms {
+    /// Address of the queries' weights, or 0.
+    pub q: u64,
+    /// Address of the keys' weights, or 0.
+    pub k: u64,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+impl HeadNorms {
+    /// Of a layer, where the model has them.
+    pub fn new(shape: &AttentionShape, norms: Option<(&Vector, &Vector, f32)>) -> Self {
+        let Some((q, k, eps)) = norms else { return Self::default() };
+        assert!(q.len() == shape.head_dim && k.len() == shape.head_dim, "norms of heads");
+        Self { q: q.address(), k: k.address(), eps }
+    }
+}
+
+impl Short {
+    /// `None` where there is no kernel for these heads, or for this KV.
+    pub fn new(
+        properties: &Properties,
+        kernels: &Kernels,
+        element: Element,
+        shape: &AttentionShape,
+        kv: &KvShape,
+    ) -> Result<Option<Self>> {
+        let group = (shape.heads / shape.kv_heads).next_power_of_two();
+        if !HEAD_DIMS.contains(&shape.head_dim) || group > MAX_GROUP || kv.dtype.size() != element.size() {
+            return Ok(None);
+        }
+        Ok(Some(Self {
+            kernel: kernels.typed(&format!("decode_short_d{}_g{group}", shape.head_dim), 0)?,
+            kv_heads: shape.kv_heads,
+            blocks: BLOCKS * properties.multiprocessors as usize,
+            // Older GPUs have no clusters.
+            sharers: if properties.capability.0 >= 9 { SHARERS } else { 1 },
+        }))
+    }
+
+    /// Blocks that share a row and KV head in a step of so many rows.
+    fn sharers(&self, rows: usize) -> usize {
+        let room = self.blocks / (rows.max(1) * self.kv_heads);
+        if room == 0 { 1 } else { (1 << room.ilog2()).min(self.sharers) }
+    }
+
+    /// Whether a step is of short contexts, recorded for `rows` rows.
+    pub fn takes(&self, rows: usize, taken: &Taken) -> bool {
+        taken.plain_decode
+            && rows * self.kv_heads <= self.blocks
+            && taken.deepest < self.sharers(rows) * TOKENS[usize::from(rows > 1)]
+    }
+
+    /// Rotates, appends and attends: `rows` rows of the step, a sequence each.
+    pub fn run(
+        &self,
+        stream: &Stream,
+        at: &Addresses,
+        rows: usize,
+        shape: &AttentionShape,
+        window: Option<u32>,
+        norms: HeadNorms,
+        turned: Turned,
+        (kv, pool): (u64, &KvShape),
+        qkv: &Buffer,
+        o: &Buffer,
+        lse: &Buffer,
+    ) -> Result<()> {
+        assert!(rows <= qkv.rows() && rows <= o.rows() && rows <= lse.rows(), "rows of attention");
+        assert!(qkv.cols() == shape.qkv_width() && o.cols() == shape.q_width() && lse.cols() == shape.heads, "buffers");
+        let arguments = api::DecodeShort {
+            qkv: qkv.address(),
+            pool: kv,
+            table: turned.table,
+            q_norm: norms.q,
+            k_norm: norms.k,
+            slots: at.slots,
+            seqs: at.seqs,
+            pages: at.pages,
+            step: at.step,
+            o: o.address(),
+            lse: lse.address(),
+            heads: shape.heads as u32,
+            kv_heads: shape.kv_heads as u32,
+            block_tokens: pool.block_tokens,
+            pairs: turned.pairs,
+            interleaved: turned.interleaved.into(),
+            window: window.unwrap_or(0),
+            eps: norms.eps,
+            scale: shape.scale,
+        };
+        let sharers = self.sharers(rows);
+        let blocks = ((self.kv_heads * sharers) as u32, rows.max(1) as u32, 1);
+        let grid = Grid { blocks, threads: THREADS, cluster: sharers as u32 };
+        // SAFETY: the buffers hold `rows` rows of their widths, checked above; the
+        // step's blocks and pages were checked when it was taken in, and nobody
+        // attends to more positions than the blocks have room for (`takes`). It
+        // waits before it touches what the step's kernels write.
+        unsafe { self.kernel.overlap(stream, grid, &arguments) }
+    }
+}
