@@ -41,6 +41,7 @@ impl<C> Peers<C> {
         }
     }
 
+    #[inline]
     pub fn get_mut(&mut self, id: PeerId) -> Result<&mut C> {
         match self.slots.get_mut(slot(id)) {
             Some(Some((at, connection))) if *at == id => Ok(connection),

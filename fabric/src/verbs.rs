@@ -9,8 +9,8 @@
 //!
 //! **Receives** lie in one shared receive queue a device port ([`receives`]).
 //! They are the receiver's: a sender has credits for so many, and gets them back
-//! when they are consumed, so a sender within its credits never meets an empty
-//! queue.
+//! when they are consumed ([`credit`]), so a sender within its credits never meets
+//! an empty queue.
 //!
 //! **What a peer can write.** A region registered with [`Access::RemoteWrite`]
 //! is opened to a peer that shows its key: it gets a memory window bound to its
@@ -28,6 +28,7 @@
 
 mod config;
 mod connection;
+mod credit;
 pub mod device;
 mod landing;
 #[doc(hidden)]
@@ -335,7 +336,7 @@ impl VerbsTransport {
     /// A receive of a rail has completed.
     fn receive(&mut self, at: usize, completion: &ibv_wc, sink: &mut dyn FnMut(Event<'_>)) {
         let rail = &mut self.rails[at];
-        let peer = rail.peers.get(&completion.qp_num).copied();
+        let peer = rail.from(completion.qp_num);
         let handled = match peer.and_then(|peer| self.peers.get_mut(peer).ok().map(|connection| (peer, connection))) {
             Some((peer, connection)) => {
                 // After what broke it nothing of it is believed.
@@ -379,7 +380,7 @@ impl VerbsTransport {
                     self.receive(at, completion, sink);
                 }
                 taken += got;
-                self.rails[at].receives.post()?;
+                self.rails[at].receives.follow(got > 0)?;
                 if got < TAKE || taken >= BUDGET {
                     break;
                 }

@@ -12,7 +12,7 @@ use std::ptr;
 use std::time::{Duration, Instant};
 
 use distkv_fabric::verbs::sys::*;
-use rig::{End, MEMORY, SHAPE, SLOT, Shape, Wr, alone, ids, incidents, knob, lib, living, open, pair};
+use rig::{End, MEMORY, SHAPE, SLOT, Shape, Wr, alone, ids, incidents, knob, lib, living, open, pair, requests};
 
 const OK: u32 = IBV_WC_SUCCESS;
 const FLUSHED: u32 = IBV_WC_WR_FLUSH_ERR;
@@ -346,6 +346,7 @@ fn a_peer_without_a_receive_is_waited_for() {
         let (a, b) = pair(SHAPE, Shape { shared, ..SHAPE });
         a.fill(0, b"123");
         let target = (b.at(1000), b.rkey());
+        let before = requests();
         a.post(&[Wr::send(1, (0, 1), 1), Wr::write(2, (0, 3), target), Wr::send(3, (0, 1), 3)]).unwrap();
         std::thread::sleep(Duration::from_millis(20));
         assert!(a.poll(a.send_cq, 1).is_empty());
@@ -356,6 +357,8 @@ fn a_peer_without_a_receive_is_waited_for() {
         b.receive([1]);
         assert_eq!(a.sent(1), [(3, OK)]);
         assert_eq!(b.received(2).iter().map(|wc| wc.imm_data).collect::<Vec<_>>(), [1, 3]);
+        let after = requests();
+        assert!(after.0 == before.0 + 3 && after.1 >= before.1 + 2, "{before:?} {after:?}");
     }
     // Only so often: 0.64 ms, twice.
     let (a, _b) = pair(Shape { rnr_retry: 1, ..SHAPE }, SHAPE);

@@ -4,6 +4,8 @@
 
 #[path = "verbs_faults/bootstrap.rs"]
 mod bootstrap;
+#[path = "verbs_faults/credits.rs"]
+mod credits;
 #[path = "verbs_faults/devices.rs"]
 mod devices;
 #[path = "verbs_faults/gpu.rs"]

@@ -22,7 +22,7 @@ use super::sys::{
     IBV_WC_RECV, IBV_WC_RECV_RDMA_WITH_IMM, IBV_WC_REM_ACCESS_ERR, IBV_WC_RETRY_EXC_ERR, IBV_WC_SUCCESS,
     IBV_WC_WITH_IMM, ibv_wc,
 };
-use super::wire::{Control, Endpoint, Said};
+use super::wire::{Control, Endpoint, Noted, Said};
 use crate::key::Token;
 use crate::regions::Regions;
 use crate::{Address, Error, Event, PeerId, RegionId, Result};
@@ -121,7 +121,7 @@ impl Connection {
     fn make_queue(&mut self, peer: PeerId, rail: &mut Rail) -> Result<Endpoint> {
         self.first_psn = random_psn()?;
         let (sender, endpoint) = rail.sender(self.first_psn)?;
-        rail.peers.insert(endpoint.queue_pair, peer);
+        rail.enter(endpoint.queue_pair, peer);
         self.sender = Some(sender);
         Ok(endpoint)
     }
@@ -135,6 +135,7 @@ impl Connection {
     }
 
     /// The sending half, to post.
+    #[inline]
     pub fn sender(&mut self, peer: PeerId) -> Result<&mut Sender> {
         match &mut self.sender {
             Some(sender) => Ok(sender),
@@ -160,20 +161,16 @@ impl Connection {
     }
 
     /// Is there something to do even if nothing arrives?
+    #[inline]
     pub fn needs_attention(&self) -> bool {
         let posts = self.sender.as_ref().is_some_and(Sender::needs_attention);
-        posts
-            || self.receiver.has_due()
-            || self.ready
-            || self.broken.is_some()
-            || self.receiver.is_opening()
-            || self.link.has_output()
+        posts || self.ready || self.broken.is_some() || self.receiver.is_opening() || self.link.has_output()
     }
 
     /// Would a poll move it along at once?
     pub fn has_moves(&self) -> bool {
-        let posts = self.sender.as_ref().is_some_and(|s| !s.asks.is_empty() || !s.bound.is_empty());
-        posts || self.ready || self.broken.is_some() || self.receiver.holds()
+        let posts = self.sender.as_ref().is_some_and(|s| !s.asks.is_empty() || !s.bound.is_empty() || s.owed.holds());
+        posts || self.ready || self.broken.is_some()
     }
 
     /// Completions of its posts end a wait; true if there are some already.
@@ -191,6 +188,7 @@ impl Connection {
 
     /// Handles a completed receive; the error is why the connection has to be
     /// closed.
+    #[inline]
     pub fn receive(
         &mut self,
         peer: PeerId,
@@ -209,7 +207,10 @@ impl Connection {
         }
         let immediate = u32::from_be(completion.imm_data);
         match completion.opcode {
-            IBV_WC_RECV_RDMA_WITH_IMM => self.receiver.notified(peer, immediate, sink),
+            IBV_WC_RECV_RDMA_WITH_IMM => {
+                let sender = self.sender.as_mut().ok_or_else(out_of_turn)?;
+                self.receiver.notified(peer, Noted::decode(immediate), sender, sink)
+            }
             IBV_WC_RECV if completion.wc_flags & IBV_WC_WITH_IMM != 0 => {
                 let said = Said::decode(immediate).map_err(|what| Error::Protocol(what.into()))?;
                 let payload = rail.receives.read(completion.wr_id, completion.byte_len, buffer);
@@ -257,7 +258,7 @@ impl Connection {
         for (region, token) in sender.asks.drain(..) {
             self.link.send(&Control::Open { region, token: token.0 })?;
         }
-        self.receiver.return_credits(sender)?;
+        sender.return_credits()?;
         if self.receiver.is_opening() {
             let mut told = Vec::new();
             self.receiver.attend(sender, |message| told.push(message))?;
@@ -387,6 +388,7 @@ impl Connection {
 
     /// A post of the peer has come in before its *ready-ack* was read: the peer
     /// posts only when it knows that we are ready.
+    #[inline]
     pub fn heard_early(&mut self) -> Result<bool> {
         if !matches!(self.phase, Phase::Greeting { .. }) || self.target.is_none() {
             return Ok(false);

@@ -125,16 +125,19 @@ impl SendQueue {
     }
 
     /// Requests that may be posted now.
+    #[inline]
     pub fn room(&self) -> usize {
         self.qp.depth as usize - (self.posted - self.done) as usize
     }
 
     /// Was a request found to have failed?
+    #[inline]
     pub fn has_failed(&self) -> bool {
         self.failed.is_some()
     }
 
     /// Is a request under way?
+    #[inline]
     pub fn busy(&self) -> bool {
         self.posted > self.done
     }

@@ -60,8 +60,10 @@ pub struct Rail {
     pub windows: bool,
     /// Registrations of the transport's regions, by their numbers.
     regions: Vec<Option<Arc<Mr>>>,
-    /// The connections by their queue pairs' numbers.
+    /// The connections by their queue pairs' numbers; see [`enter`](Self::enter).
     pub peers: ByNumber<PeerId>,
+    /// On whose queue pair something came last: often it is the next one too.
+    last: Option<(u32, PeerId)>,
     /// Nothing goes over it until the port is up again.
     pub down: bool,
     /// Nothing will ever go over it: the device has failed. It may work again
@@ -112,11 +114,31 @@ impl Rail {
             path,
             regions: Vec::new(),
             peers: ByNumber::default(),
+            last: None,
             down: false,
             dead: false,
             taken: Vec::new(),
             incarnation,
         })
+    }
+
+    /// A queue pair is a connection's.
+    pub fn enter(&mut self, number: u32, peer: PeerId) {
+        self.last = None;
+        self.peers.insert(number, peer);
+    }
+
+    /// Whose the queue pair is on which something has come.
+    #[inline]
+    pub fn from(&mut self, number: u32) -> Option<PeerId> {
+        match self.last {
+            Some((last, peer)) if last == number => Some(peer),
+            _ => {
+                let peer = *self.peers.get(&number)?;
+                self.last = Some((number, peer));
+                Some(peer)
+            }
+        }
     }
 
     /// Makes a region known to the device.
@@ -192,6 +214,7 @@ impl Rail {
     pub fn leave(&mut self, mut sender: Sender) {
         let number = sender.queue.number();
         self.peers.remove(&number);
+        self.last = None;
         // Only a device that is broken refuses.
         let _ = sender.queue.fail();
         let _ = self.take_all();
@@ -206,7 +229,8 @@ impl Rail {
             }
             other
         });
-        self.receives.leave();
+        // A queue that takes them no more will tell of itself.
+        let _ = self.receives.leave();
     }
 
     /// Takes completed receives off the device, to be handed out by

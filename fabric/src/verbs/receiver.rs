@@ -4,17 +4,13 @@
 use std::sync::Arc;
 
 use super::device::{Mr, Pd};
-use super::landing::{Landing, SLOTS, SLOTS_DUE};
+use super::landing::Landing;
 use super::objects::Window;
-use super::receives::CREDITS;
 use super::sender::Sender;
-use super::wire::{Control, Landed, Said, Target};
+use super::wire::{Control, Landed, Noted, Said, Target};
 use crate::key::Token;
 use crate::regions::Regions;
 use crate::{Error, Event, MAX_SEND, Notify, PeerId, Result};
-
-/// So many consumed receives are worth a message.
-const RECEIVES_DUE: u16 = CREDITS / 2;
 
 /// A region that the peer may write, directly or through its landing zone.
 struct Grant {
@@ -55,12 +51,6 @@ pub struct Receiver {
     rest: usize,
     grants: Vec<Grant>,
     landing: Option<Landing>,
-    due_receives: u16,
-    due_slots: u16,
-    /// Something was handed over since credits were last looked at.
-    handed: bool,
-    /// Credits are due, and wait for the next look.
-    holds: bool,
     /// SENDs and notifying writes that arrived.
     pub posts: u64,
 }
@@ -71,12 +61,24 @@ fn violation(what: &'static str) -> Error {
 
 impl Receiver {
     /// A write with notification has landed.
-    pub fn notified(&mut self, peer: PeerId, immediate: u32, sink: &mut dyn FnMut(Event<'_>)) -> Result<()> {
-        self.consumed()?;
+    #[inline]
+    pub fn notified(
+        &mut self,
+        peer: PeerId,
+        noted: Noted,
+        sender: &mut Sender,
+        sink: &mut dyn FnMut(Event<'_>),
+    ) -> Result<()> {
+        self.consumed(sender, noted.receives)?;
+        self.notify(peer, noted.notify, sink)
+    }
+
+    #[inline]
+    fn notify(&mut self, peer: PeerId, notify: u32, sink: &mut dyn FnMut(Event<'_>)) -> Result<()> {
         if self.rest > 0 {
             return Err(violation("a notification within a message"));
         }
-        sink(Event::Notified { peer, notify: Notify(immediate) });
+        sink(Event::Notified { peer, notify: Notify(notify) });
         Ok(())
     }
 
@@ -101,30 +103,36 @@ impl Receiver {
                 }
                 sender.give_back(receives, slots).map_err(violation)
             }
-            Said::Piece { rest } => {
-                self.consumed()?;
+            Said::Piece { rest, receives } => {
+                self.consumed(sender, receives)?;
                 self.piece(peer, rest as usize, payload, sink)
             }
-            Said::Landed => {
-                self.consumed()?;
+            Said::Landed { receives } => {
+                self.consumed(sender, receives)?;
                 let landed = Landed::decode(payload).map_err(violation)?;
                 self.landed(&landed, regions, hello)?;
+                sender.owed.slot();
                 if let Some(notify) = landed.notify {
                     sink(Event::Notified { peer, notify: Notify(notify) });
                 }
                 Ok(())
             }
+            Said::Notified { receives } => {
+                self.consumed(sender, receives)?;
+                let notify = payload.try_into().map_err(|_| violation("a notification of another length"))?;
+                self.notify(peer, u32::from_le_bytes(notify), sink)
+            }
         }
     }
 
-    /// One of the peer's receives is used up.
-    fn consumed(&mut self) -> Result<()> {
+    /// One of the peer's receives is used up; on what filled it rode others that
+    /// were ours to fill.
+    #[inline]
+    fn consumed(&mut self, sender: &mut Sender, riding: u16) -> Result<()> {
         self.posts += 1;
-        self.due_receives += 1;
-        self.handed = true;
-        // What is due was filled and not yet returned: no more can be filled.
-        if self.due_receives > CREDITS {
-            return Err(violation("more posts than there were credits for"));
+        sender.owed.receive().map_err(violation)?;
+        if riding > 0 {
+            sender.give_back(riding, 0).map_err(violation)?;
         }
         Ok(())
     }
@@ -167,36 +175,6 @@ impl Receiver {
         let from = landing.take();
         let into = regions.target(grant.region, &grant.token, landed.offset, u64::from(landed.len), hello)?;
         landing.memory.copy_to(from, into, landed.offset as usize, landed.len as usize)?;
-        self.due_slots += 1;
-        Ok(())
-    }
-
-    /// Is what the peer may use again worth a message?
-    pub fn has_due(&self) -> bool {
-        self.due_receives >= RECEIVES_DUE || self.due_slots >= SLOTS_DUE
-    }
-
-    /// Are credits due that the next poll returns?
-    pub fn holds(&self) -> bool {
-        self.holds
-    }
-
-    /// Tells the peer what it may use again, if that is worth a message. Behind what
-    /// was just handed over an answer may follow, for which somebody waits: it goes
-    /// first, and the credits with the next poll.
-    pub fn return_credits(&mut self, sender: &mut Sender) -> Result<()> {
-        let handed = std::mem::take(&mut self.handed);
-        if !self.has_due() {
-            return Ok(());
-        }
-        if handed && !self.holds {
-            self.holds = true;
-            return Ok(());
-        }
-        self.holds = false;
-        if sender.return_credits(self.due_receives, self.due_slots)? {
-            (self.due_receives, self.due_slots) = (0, 0);
-        }
         Ok(())
     }
 
@@ -288,8 +266,3 @@ impl Receiver {
         });
     }
 }
-
-const _: () = assert!(SLOTS_DUE <= SLOTS / 2, "slots have to come back before the last is taken");
-// Messages with credits that can be under way before the peer has taken one:
-// each answers so many receives or slots, and no more can be filled meanwhile.
-const _: () = assert!(CREDITS / RECEIVES_DUE + SLOTS / SLOTS_DUE <= super::receives::SPARE);

@@ -21,6 +21,10 @@ pub const CREDITS: u16 = 32;
 /// most follows from what makes one due (see `credit.rs`).
 pub const SPARE: u16 = 8;
 
+/// At most so many free receives, of all connections together, wait until nothing
+/// has arrived: an answer to what was just handed over goes before them.
+pub const LATE: usize = 2;
+
 /// Receives of a connection.
 pub const PER_CONNECTION: usize = (CREDITS + SPARE) as usize;
 
@@ -71,8 +75,9 @@ impl Receives {
     }
 
     /// A connection is gone.
-    pub fn leave(&mut self) {
+    pub fn leave(&mut self) -> Result<()> {
         self.users -= 1;
+        self.post()
     }
 
     /// Copies the bytes of a filled buffer to the front of `into`. `None` if
@@ -86,12 +91,21 @@ impl Receives {
 
     /// A buffer is free again; the device gets it with the next
     /// [`post`](Self::post).
+    #[inline]
     pub fn give_back(&mut self, id: u64) {
         let (slab, at) = (id as usize / PER_CONNECTION, id as usize % PER_CONNECTION);
         if let Some(slab) = self.slabs.get(slab) {
             let address = slab.mr.address() + (at * BUFFER) as u64;
             self.idle.push(Receive { id, address, len: BUFFER as u32, lkey: slab.mr.lkey() });
         }
+    }
+
+    /// Posts what is free, unless it is so few that they can wait and something
+    /// `arrived`.
+    #[inline]
+    pub fn follow(&mut self, arrived: bool) -> Result<()> {
+        let free = self.idle.len();
+        if free > LATE || (free > 0 && !arrived) { self.post() } else { Ok(()) }
     }
 
     /// Posts what is free.

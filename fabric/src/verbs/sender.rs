@@ -5,13 +5,14 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use super::credit::Owed;
 use super::device::{Mr, MrAccess, Pd};
 use super::landing::Zone;
 use super::objects::CHAIN;
 use super::queue::{Batch, Failed, Holds, SendQueue};
 use super::receives::BUFFER;
 use super::request::{Source, Work};
-use super::wire::{LANDED, Landed, Said, Target};
+use super::wire::{Landed, MAX_NOTED, Noted, Said, Target};
 use crate::key::{self, Key, Maker, Token};
 use crate::{Error, Memory, Notify, PeerId, QUEUE_LIMIT, Result, Write};
 
@@ -81,6 +82,8 @@ pub struct Sender {
     most_credits: u32,
     /// Bytes of each.
     buffer: usize,
+    /// What goes back to the peer.
+    pub owed: Owed,
     longest: u64,
     openings: Vec<Opening>,
     zone: Option<Zone>,
@@ -113,6 +116,7 @@ impl Sender {
             credits: 0,
             most_credits: 0,
             buffer: 0,
+            owed: Owed::default(),
             longest: LONGEST.min(max_message.max(4096)),
             openings: Vec::new(),
             zone: None,
@@ -135,6 +139,7 @@ impl Sender {
     }
 
     /// The peer has receives and slots free again.
+    #[inline]
     pub fn give_back(&mut self, receives: u16, slots: u16) -> std::result::Result<(), &'static str> {
         self.credits += u32::from(receives);
         if self.credits > self.most_credits {
@@ -168,6 +173,7 @@ impl Sender {
     }
 
     /// Is there something that could not be posted?
+    #[inline]
     pub fn has_output(&self) -> bool {
         !self.outbox.is_empty()
     }
@@ -228,12 +234,17 @@ impl Sender {
         if !fits || !says || !self.open || !self.outbox.is_empty() || self.credits < credits || self.room() == 0 {
             return Ok(false);
         }
+        let immediate = match write.notify {
+            Some(Notify(notify)) if notify <= MAX_NOTED => Some(self.note(notify)),
+            Some(_) => return Ok(false),
+            None => None,
+        };
         self.credits -= credits;
         self.posts += u64::from(credits);
         let (offset, len32) = (write.local_offset, len as u32);
         let inline = len <= self.queue.inline() as u64;
         self.flying_writes += usize::from(!inline);
-        let work = Work::Write { address: address + write.remote_offset, rkey, immediate: write.notify.map(|n| n.0) };
+        let work = Work::Write { address: address + write.remote_offset, rkey, immediate };
         let holds = Holds { write: !inline, ..Holds::default() };
         let source = match len {
             0 => Source::Nothing,
@@ -300,9 +311,10 @@ impl Sender {
     }
 
     /// Is there something to post, or to be taken for somebody who waits?
+    #[inline]
     pub fn needs_attention(&self) -> bool {
         let waits = self.flying_writes > 0 || !self.asks.is_empty() || !self.bound.is_empty();
-        waits || self.has_output() || self.queue.has_failed()
+        waits || self.has_output() || self.owed.is_due() || self.queue.has_failed()
     }
 
     fn post_message(&mut self, payload: &[u8], mut at: usize) -> Result<Progress<usize>> {
@@ -310,7 +322,7 @@ impl Sender {
         if at == 0 && short && self.credits > 0 && self.room() > 0 {
             self.credits -= 1;
             self.posts += 1;
-            let work = Work::Send { immediate: Said::Piece { rest: 0 }.encode() };
+            let work = Work::Send { immediate: Said::Piece { rest: 0, receives: self.owed.ride() }.encode() };
             self.queue.post_one(work, Source::Inline(payload), Holds::default())?;
             return Ok(Progress::Done);
         }
@@ -321,13 +333,14 @@ impl Sender {
             while batch.len() < most && !whole {
                 let piece = &payload[at..][..(payload.len() - at).min(self.buffer)];
                 let rest = (payload.len() - at - piece.len()) as u32;
-                let work = Work::Send { immediate: Said::Piece { rest }.encode() };
-                if piece.len() <= self.queue.inline() {
+                let carried = piece.len() <= self.queue.inline();
+                if !carried && self.ring_used == RING {
+                    break;
+                }
+                let work = Work::Send { immediate: Said::Piece { rest, receives: self.owed.ride() }.encode() };
+                if carried {
                     batch.push(work, Source::Inline(piece), Holds::default());
                 } else {
-                    if self.ring_used == RING {
-                        break;
-                    }
                     let offset = self.ring_next * BUFFER;
                     self.ring.write(offset, piece)?;
                     self.ring_next = (self.ring_next + 1) % RING;
@@ -380,14 +393,20 @@ impl Sender {
         mut at: u64,
         (address, rkey): (u64, u32),
     ) -> Result<Progress<u64>> {
+        let apart = write.notify.filter(|notify| notify.0 > MAX_NOTED);
         loop {
+            if at == write.len
+                && let Some(Notify(notify)) = apart
+            {
+                return Ok(if self.notify(notify)? { Progress::Done } else { Progress::At(at) });
+            }
             let mut batch = Batch::new();
             let most = self.room().min(CHAIN);
             let (mut whole, mut starved) = (false, most == 0);
             while batch.len() < most && !whole {
                 let len = (write.len - at).min(self.longest);
                 whole = at + len == write.len;
-                if whole && write.notify.is_some() && self.credits == 0 {
+                if whole && write.notify.is_some() && apart.is_none() && self.credits == 0 {
                     (whole, starved) = (false, true);
                     break;
                 }
@@ -398,7 +417,7 @@ impl Sender {
             if batch.len() > 0 {
                 self.queue.post(&mut batch)?;
             }
-            if whole {
+            if whole && apart.is_none() {
                 return Ok(Progress::Done);
             }
             if starved {
@@ -411,11 +430,14 @@ impl Sender {
     /// if the last part notifies.
     fn piece<'a>(&mut self, mr: &'a Mr, write: &Outgoing, at: u64, len: u64) -> (Option<u32>, Source<'a>, Holds) {
         let whole = at + len == write.len;
-        let immediate = if whole { write.notify.map(|n| n.0) } else { None };
-        if immediate.is_some() {
-            self.credits -= 1;
-            self.posts += 1;
-        }
+        let immediate = match write.notify {
+            Some(Notify(notify)) if whole && notify <= MAX_NOTED => {
+                self.credits -= 1;
+                self.posts += 1;
+                Some(self.note(notify))
+            }
+            _ => None,
+        };
         let (offset, len32) = (write.offset + at, len as u32);
         let inline = len <= self.queue.inline() as u64;
         let source = match len {
@@ -428,6 +450,40 @@ impl Sender {
         (immediate, source, holds)
     }
 
+    /// Puts bytes that no request carries itself into the next slot of the send ring;
+    /// where that is. There is one free.
+    fn stage(&mut self, bytes: &[u8]) -> Result<Option<u64>> {
+        if bytes.len() <= self.queue.inline() {
+            return Ok(None);
+        }
+        let offset = self.ring_next * BUFFER;
+        self.ring.write(offset, bytes)?;
+        self.ring_next = (self.ring_next + 1) % RING;
+        self.ring_used += 1;
+        Ok(Some(offset as u64))
+    }
+
+    /// The immediate of a write that notifies, and what rides on it.
+    #[inline]
+    fn note(&mut self, notify: u32) -> u32 {
+        Noted { notify, receives: self.owed.ride() }.encode()
+    }
+
+    /// Notifies by a SEND; false if there is no room.
+    fn notify(&mut self, notify: u32) -> Result<bool> {
+        if self.room() == 0 || self.credits == 0 || self.ring_used == RING {
+            return Ok(false);
+        }
+        let bytes = notify.to_le_bytes();
+        let at = self.stage(&bytes)?;
+        let (source, holds) = staged(&self.ring_mr, &bytes, at);
+        let work = Work::Send { immediate: Said::Notified { receives: self.owed.ride() }.encode() };
+        self.credits -= 1;
+        self.posts += 1;
+        self.queue.post_one(work, source, holds)?;
+        Ok(true)
+    }
+
     /// Into slots of the landing zone, each told of by a SEND.
     fn write_landing(&mut self, mr: &Mr, write: &Outgoing, mut at: u64) -> Result<Progress<u64>> {
         loop {
@@ -436,28 +492,22 @@ impl Sender {
             }
             let Some(zone) = &mut self.zone else { return Ok(Progress::At(at)) };
             let Some(address) = zone.take() else { return Ok(Progress::At(at)) };
-            let len = (write.len - at).min(u64::from(zone.slot)) as u32;
+            let (rkey, slot) = (zone.rkey, zone.slot);
+            let len = (write.len - at).min(u64::from(slot)) as u32;
             let whole = at + u64::from(len) == write.len;
             let notify = if whole { write.notify.map(|n| n.0) } else { None };
             let landed = Landed { region: write.region, offset: write.remote_offset + at, len, notify }.encode();
+            let at_slot = self.stage(&landed)?;
             let mut batch = Batch::new();
             if len > 0 {
                 let source = Source::Registered { mr, offset: write.offset + at, len };
-                let work = Work::Write { address, rkey: zone.rkey, immediate: None };
+                let work = Work::Write { address, rkey, immediate: None };
                 batch.push(work, source, Holds { write: whole, ..Holds::default() });
                 self.flying_writes += usize::from(whole);
             }
-            let work = Work::Send { immediate: Said::Landed.encode() };
-            if LANDED <= self.queue.inline() {
-                batch.push(work, Source::Inline(&landed), Holds::default());
-            } else {
-                let offset = self.ring_next * BUFFER;
-                self.ring.write(offset, &landed)?;
-                self.ring_next = (self.ring_next + 1) % RING;
-                self.ring_used += 1;
-                let source = Source::Registered { mr: &self.ring_mr, offset: offset as u64, len: LANDED as u32 };
-                batch.push(work, source, Holds { slot: true, ..Holds::default() });
-            }
+            let work = Work::Send { immediate: Said::Landed { receives: self.owed.ride() }.encode() };
+            let (source, holds) = staged(&self.ring_mr, &landed, at_slot);
+            batch.push(work, source, holds);
             self.credits -= 1;
             self.posts += 1;
             self.queue.post(&mut batch)?;
@@ -468,15 +518,18 @@ impl Sender {
         }
     }
 
-    /// Returns receives and slots to the peer; false if the queue is full.
-    pub fn return_credits(&mut self, receives: u16, slots: u16) -> Result<bool> {
-        if self.queue.room() == 0 {
-            return Ok(false);
+    /// Returns receives and slots to the peer by a message of their own, if they are
+    /// worth one and the queue is not full.
+    pub fn return_credits(&mut self) -> Result<()> {
+        if let Some((receives, slots)) = self.owed.message()
+            && self.queue.room() > 0
+        {
+            let work = Work::Send { immediate: Said::Credits { receives, slots }.encode() };
+            self.queue.post_one(work, Source::Nothing, Holds::default())?;
+            self.posts += 1;
+            self.owed.returned((receives, slots));
         }
-        let work = Work::Send { immediate: Said::Credits { receives, slots }.encode() };
-        self.queue.post_one(work, Source::Nothing, Holds::default())?;
-        self.posts += 1;
-        Ok(true)
+        Ok(())
     }
 
     /// Binds a window for `region`; false if the queue is full.
@@ -487,5 +540,17 @@ impl Sender {
         let holds = Holds { window: Some(region), ..Holds::default() };
         self.queue.post_one(Work::Bind(window), Source::Nothing, holds)?;
         Ok(true)
+    }
+}
+
+/// The source of bytes that a request carries itself or, staged, from the send ring;
+/// and what the request holds for it.
+fn staged<'a>(ring: &'a Mr, bytes: &'a [u8], at: Option<u64>) -> (Source<'a>, Holds) {
+    match at {
+        None => (Source::Inline(bytes), Holds::default()),
+        Some(offset) => {
+            let source = Source::Registered { mr: ring, offset, len: bytes.len() as u32 };
+            (source, Holds { slot: true, ..Holds::default() })
+        }
     }
 }

@@ -15,11 +15,21 @@
 //! | 7 bye | who ends it | u64: how many receives its posts will have consumed |
 //!
 //! A write with notification is an RDMA WRITE WITH IMMEDIATE whose immediate is
-//! the caller's [`Notify`](crate::Notify). A SEND WITH IMMEDIATE says in its two
-//! top bits what it carries ([`Said`]).
+//! the caller's [`Notify`](crate::Notify) ([`Noted`]); one that is too long for it
+//! follows its bytes in a SEND. A SEND WITH IMMEDIATE says in its two top bits what
+//! it carries ([`Said`]). In six bits of either ride receives that the peer may fill
+//! again.
+//!
+//! | bits of an immediate | 31, 30 | 29 … 26 | 25, 24 | 23 … 12 | 11 … 0 |
+//! |---|---|---|---|---|---|
+//! | of a write | receives | receives | notify | notify | notify |
+//! | piece of a message | 0 | receives | receives | what is to come | what is to come |
+//! | credits | 1 | 0 | 0 | slots | receives |
+//! | landed | 2 | receives | receives | 0 | 0 |
+//! | notification | 3 | receives | receives | 0 | 0 |
 
 /// Version of what is said here, in every offer and answer.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 
 const OFFER: u8 = 1;
 const ANSWER: u8 = 2;
@@ -308,13 +318,49 @@ impl Control {
     }
 }
 
-/// What a SEND carries, told by its immediate.
+/// What a write tells with its immediate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Noted {
+    /// At most [`MAX_NOTED`].
+    pub notify: u32,
+    /// Receives that the peer may fill again, at most [`MAX_RIDING`].
+    pub receives: u16,
+}
+
+const RIDING: u32 = 6;
+const NOTED: u32 = 32 - RIDING;
+
+/// Most receives that ride on a post.
+pub const MAX_RIDING: u16 = (1 << RIDING) - 1;
+
+/// The largest notification that an immediate has room for.
+pub const MAX_NOTED: u32 = (1 << NOTED) - 1;
+
+impl Noted {
+    /// As an immediate.
+    #[inline]
+    pub fn encode(self) -> u32 {
+        debug_assert!(self.notify <= MAX_NOTED && self.receives <= MAX_RIDING);
+        u32::from(self.receives) << NOTED | self.notify
+    }
+
+    /// From an immediate; each says something.
+    #[inline]
+    pub fn decode(immediate: u32) -> Self {
+        Self { notify: immediate & MAX_NOTED, receives: (immediate >> NOTED) as u16 }
+    }
+}
+
+/// What a SEND carries, told by its immediate. `receives` may be filled again by
+/// whom it is for; they ride on it, [`MAX_RIDING`] at most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Said {
     /// A piece of a message, after which `rest` bytes of it are to come.
     Piece {
         /// At most [`MAX_SEND`](crate::MAX_SEND).
         rest: u32,
+        /// Receives.
+        receives: u16,
     },
     /// Nothing but what was consumed and may be used again.
     Credits {
@@ -324,7 +370,15 @@ pub enum Said {
         slots: u16,
     },
     /// A [`Landed`]: bytes lie in the next slot of the landing zone.
-    Landed,
+    Landed {
+        /// Receives.
+        receives: u16,
+    },
+    /// The notification of the write before it, u32 little-endian.
+    Notified {
+        /// Receives.
+        receives: u16,
+    },
 }
 
 const SAID: u32 = 30;
@@ -337,27 +391,33 @@ pub const MAX_CREDITS: u16 = (1 << COUNT) - 1;
 impl Said {
     /// As an immediate.
     pub fn encode(self) -> u32 {
+        let of = |kind: u32, receives: u16| kind << SAID | u32::from(receives) << REST;
         match self {
-            Self::Piece { rest } => rest,
-            Self::Credits { receives, slots } => 1 << SAID | u32::from(slots) << COUNT | u32::from(receives),
-            Self::Landed => 2 << SAID,
+            Self::Piece { rest, receives } => of(0, receives) | rest,
+            Self::Credits { receives, slots } => of(1, 0) | u32::from(slots) << COUNT | u32::from(receives),
+            Self::Landed { receives } => of(2, receives),
+            Self::Notified { receives } => of(3, receives),
         }
     }
 
     /// From an immediate.
     pub fn decode(immediate: u32) -> Result<Self, &'static str> {
-        let value = immediate & ((1 << SAID) - 1);
+        let value = immediate & ((1 << REST) - 1);
+        let receives = (immediate >> REST) as u16 & MAX_RIDING;
         match immediate >> SAID {
-            0 if value >> REST == 0 && value as usize <= crate::MAX_SEND => Ok(Self::Piece { rest: value }),
-            1 if value >> (2 * COUNT) == 0 => {
+            0 if value as usize <= crate::MAX_SEND => Ok(Self::Piece { rest: value, receives }),
+            1 if receives == 0 => {
                 let mask = u32::from(MAX_CREDITS);
                 Ok(Self::Credits { receives: (value & mask) as u16, slots: (value >> COUNT) as u16 })
             }
-            2 if value == 0 => Ok(Self::Landed),
+            2 if value == 0 => Ok(Self::Landed { receives }),
+            3 if value == 0 => Ok(Self::Notified { receives }),
             _ => Err("an immediate that says nothing known"),
         }
     }
 }
+
+const _: () = assert!(REST + RIDING == SAID && 2 * COUNT == REST);
 
 /// Bytes of an encoded [`Landed`].
 pub const LANDED: usize = 24;
@@ -463,6 +523,25 @@ mod tests {
             if let Ok(said) = Said::decode(immediate) {
                 prop_assert_eq!(said.encode(), immediate);
             }
+        }
+
+        #[test]
+        fn what_is_said_survives_its_immediate(
+            rest in 0..=crate::MAX_SEND as u32,
+            receives in 0..=MAX_RIDING,
+            slots in 0..=MAX_CREDITS,
+        ) {
+            let credits = Said::Credits { receives, slots };
+            for said in [Said::Piece { rest, receives }, credits, Said::Landed { receives }, Said::Notified { receives }] {
+                prop_assert_eq!(Said::decode(said.encode()), Ok(said));
+            }
+        }
+
+        #[test]
+        fn what_is_noted_survives_its_immediate(notify in 0..=MAX_NOTED, receives in 0..=MAX_RIDING, immediate: u32) {
+            let noted = Noted { notify, receives };
+            prop_assert_eq!(Noted::decode(noted.encode()), noted);
+            prop_assert_eq!(Noted::decode(immediate).encode(), immediate);
         }
 
         #[test]

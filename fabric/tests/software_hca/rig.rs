@@ -42,6 +42,17 @@ pub fn living() -> u64 {
     unsafe { library.get::<unsafe extern "C" fn() -> u64>(b"software_hca_living").unwrap()() }
 }
 
+/// Requests that were posted so far, and those of them that had to wait for a receive.
+pub fn requests() -> (u64, u64) {
+    let mut counts = [0u64; 10];
+    // SAFETY: as above.
+    let library = unsafe { libloading::Library::new(place::path()) }.unwrap();
+    // SAFETY: the function's type; it writes ten of these numbers.
+    unsafe { library.get::<unsafe extern "C" fn(*mut u64)>(b"software_hca_counts").unwrap()(counts.as_mut_ptr()) };
+    let [_, requests, .., waits] = counts;
+    (requests, waits)
+}
+
 /// Tests share the devices: one at a time.
 pub fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());

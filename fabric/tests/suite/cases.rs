@@ -62,7 +62,8 @@ pub fn what_is_posted_arrives_once_and_in_order(make: Make) {
         a.transport.send(to_b, &payload).unwrap();
         expected.push(Seen::Message(to_a, payload));
         let at = u64::from(i) * 64;
-        let notify = (i % 3 != 0).then_some(Notify(i));
+        // All 32 bits are the caller's.
+        let notify = (i % 3 != 0).then_some(Notify(if i % 2 == 0 { i } else { u32::MAX - i }));
         let write = Write { local, local_offset: at, len: 64, remote: &key, remote_offset: at, notify };
         a.transport.write(to_b, write).unwrap();
         expected.extend(notify.map(|n| Seen::Notified(to_a, n.0)));

@@ -140,7 +140,7 @@ impl Hand {
 
     /// Tells of bytes in its landing zone.
     pub fn tells(&mut self, landed: Landed) {
-        self.says_by_send(Said::Landed, &landed.encode());
+        self.says_by_send(Said::Landed { receives: 0 }, &landed.encode());
     }
 
     /// Fills receives of the host, which does not poll, until there is none; how

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use distkv_fabric::verbs::wire::{Control, Landed, Said, Target};
+use distkv_fabric::verbs::wire::{Control, Landed, MAX_RIDING, Noted, Said, Target};
 use distkv_fabric::{Access, Error, MAX_SEND, Memory, PeerId, RemoteKey, Transport, WriteGuard};
 
 use crate::hand::{Hand, region};
@@ -100,6 +100,13 @@ impl Scene {
     }
 }
 
+const LANDED: Said = Said::Landed { receives: 0 };
+
+/// A piece of a message that returns nothing.
+fn piece(rest: u32) -> Said {
+    Said::Piece { rest, receives: 0 }
+}
+
 /// What the hand does.
 type Act = fn(&mut Scene);
 
@@ -118,17 +125,18 @@ fn a_peer_by_hand_that_behaves_is_served() {
     let _devices = devices();
     let mut scene = Scene::new();
     let (zone, window) = (scene.zone(), scene.window());
-    scene.hand.says_by_send(Said::Piece { rest: 0 }, b"whole");
-    scene.hand.says_by_send(Said::Piece { rest: 3 }, b"in ");
-    scene.hand.says_by_send(Said::Piece { rest: 0 }, b"two");
+    scene.hand.says_by_send(piece(0), b"whole");
+    scene.hand.says_by_send(piece(3), b"in ");
+    scene.hand.says_by_send(piece(0), b"two");
     scene.hand.writes((window.0 + 100, window.1), b"straight");
     scene.hand.notifies(7);
     scene.hand.writes(zone, b"landed");
     let landed = Landed { notify: Some(8), ..scene.landed(10, 6) };
     scene.hand.tells(landed);
-    drive([&mut scene.host], |[host]| host.notified().len() == 2);
+    scene.hand.says_by_send(Said::Notified { receives: 0 }, &u32::MAX.to_le_bytes());
+    drive([&mut scene.host], |[host]| host.notified().len() == 3);
     assert_eq!(scene.host.messages(), [b"whole".to_vec(), b"in two".to_vec()]);
-    assert_eq!(scene.host.notified(), [7, 8]);
+    assert_eq!(scene.host.notified(), [7, 8, u32::MAX]);
     let [mut open, mut guarded] = [before(), before()];
     open[100..108].copy_from_slice(b"straight");
     guarded[10..16].copy_from_slice(b"landed");
@@ -141,16 +149,27 @@ fn whoever_overdraws_its_credits_end_of_the_hand() {
     thrown_out(&[("more posts than there were credits for", |scene| {
         // Within a message, so that the host has nothing to hand out.
         for rest in (100..133).rev() {
-            scene.hand.says_by_send(Said::Piece { rest }, b"x");
+            scene.hand.says_by_send(piece(rest), b"x");
         }
     })]);
 }
 
 #[test]
 fn whoever_returns_what_it_has_not_end_of_the_hand() {
+    const NOT_FILLED: &str = "receives returned that were not filled";
     thrown_out(&[
-        ("receives returned that were not filled", |s| {
+        (NOT_FILLED, |s| {
             s.hand.says_by_send(Said::Credits { receives: 1, slots: 0 }, b"");
+        }),
+        // Or has it ride on what it says.
+        (NOT_FILLED, |s| s.hand.says_by_send(Said::Piece { rest: 0, receives: 1 }, b"x")),
+        (NOT_FILLED, |s| s.hand.says_by_send(Said::Notified { receives: 1 }, &[7; 4])),
+        (NOT_FILLED, |s| s.hand.notifies(Noted { notify: 7, receives: MAX_RIDING }.encode())),
+        (NOT_FILLED, |s| {
+            let zone = s.zone();
+            s.hand.writes(zone, b"0123");
+            let landed = s.landed(0, 1).encode();
+            s.hand.says_by_send(Said::Landed { receives: 1 }, &landed);
         }),
         ("slots of a landing zone that there is not", |s| {
             s.hand.says_by_send(Said::Credits { receives: 0, slots: 1 }, b"");
@@ -162,12 +181,15 @@ fn whoever_returns_what_it_has_not_end_of_the_hand() {
 
 #[test]
 fn a_corrupt_immediate_end_of_the_hand() {
+    const NOTHING: &str = "an immediate that says nothing known";
     thrown_out(&[
-        ("an immediate that says nothing known", |s| s.hand.sends(3 << 30, b"")),
-        ("an immediate that says nothing known", |s| s.hand.sends(u32::MAX, b"x")),
-        ("an immediate that says nothing known", |s| s.hand.sends(1 << 24, b"x")),
-        ("an immediate that says nothing known", |s| s.hand.sends(MAX_SEND as u32 + 1, b"x")),
-        ("an immediate that says nothing known", |s| s.hand.sends(2 << 30 | 1, &[0; 24])),
+        (NOTHING, |s| s.hand.sends(3 << 30 | 1, &[0; 4])),
+        (NOTHING, |s| s.hand.sends(u32::MAX, b"x")),
+        (NOTHING, |s| s.hand.sends(MAX_SEND as u32 + 1, b"x")),
+        (NOTHING, |s| s.hand.sends(1 << 30 | 1 << 24 | 1, b"")),
+        (NOTHING, |s| s.hand.sends(2 << 30 | 1, &[0; 24])),
+        ("a notification of another length", |s| s.hand.says_by_send(Said::Notified { receives: 0 }, &[0; 3])),
+        ("a notification of another length", |s| s.hand.says_by_send(Said::Notified { receives: 0 }, &[0; 5])),
         ("a post that says nothing", |s| s.hand.sends_plainly(b"x")),
     ]);
 }
@@ -176,27 +198,31 @@ fn a_corrupt_immediate_end_of_the_hand() {
 fn pieces_that_make_no_message_are_thrown_out() {
     const NONE: &str = "pieces that do not make a message";
     thrown_out(&[
-        (NONE, |s| s.hand.says_by_send(Said::Piece { rest: 10 }, b"")),
+        (NONE, |s| s.hand.says_by_send(piece(10), b"")),
         (NONE, |s| {
-            s.hand.says_by_send(Said::Piece { rest: 10 }, b"12345");
-            s.hand.says_by_send(Said::Piece { rest: 6 }, b"12345");
+            s.hand.says_by_send(piece(10), b"12345");
+            s.hand.says_by_send(piece(6), b"12345");
         }),
         (NONE, |s| {
-            s.hand.says_by_send(Said::Piece { rest: 10 }, b"12345");
-            s.hand.says_by_send(Said::Piece { rest: 0 }, b"12345");
+            s.hand.says_by_send(piece(10), b"12345");
+            s.hand.says_by_send(piece(0), b"12345");
         }),
         (NONE, |s| {
-            s.hand.says_by_send(Said::Piece { rest: 10 }, b"12345");
-            s.hand.says_by_send(Said::Piece { rest: 10 }, b"");
+            s.hand.says_by_send(piece(10), b"12345");
+            s.hand.says_by_send(piece(10), b"");
         }),
-        ("a message over the limit", |s| s.hand.says_by_send(Said::Piece { rest: MAX_SEND as u32 }, b"1")),
+        ("a message over the limit", |s| s.hand.says_by_send(piece(MAX_SEND as u32), b"1")),
         ("a notification within a message", |s| {
-            s.hand.says_by_send(Said::Piece { rest: 10 }, b"12345");
+            s.hand.says_by_send(piece(10), b"12345");
             s.hand.notifies(1);
+        }),
+        ("a notification within a message", |s| {
+            s.hand.says_by_send(piece(10), b"12345");
+            s.hand.says_by_send(Said::Notified { receives: 0 }, &[1; 4]);
         }),
         ("a write within a message", |s| {
             s.zone();
-            s.hand.says_by_send(Said::Piece { rest: 10 }, b"12345");
+            s.hand.says_by_send(piece(10), b"12345");
             s.hand.tells(s.landed(0, 1));
         }),
     ]);
@@ -252,11 +278,11 @@ fn a_false_note_of_what_landed_end_of_the_hand() {
         }),
         (MALFORMED, |s| {
             s.zone();
-            s.hand.says_by_send(Said::Landed, &[0; 25]);
+            s.hand.says_by_send(LANDED, &[0; 25]);
         }),
         ("a control message that is too short", |s| {
             s.zone();
-            s.hand.says_by_send(Said::Landed, &[0; 23]);
+            s.hand.says_by_send(LANDED, &[0; 23]);
         }),
     ]);
 }
@@ -332,7 +358,7 @@ fn a_bye_in_the_middle_ends_the_connection() {
     let _devices = devices();
     for posts in [0, 1, 2, u64::MAX] {
         let mut scene = Scene::new();
-        scene.hand.says_by_send(Said::Piece { rest: 10 }, b"12345");
+        scene.hand.says_by_send(piece(10), b"12345");
         scene.hand.says(&Control::Bye { posts });
         // Posts that it told of and does not send are not waited for without end.
         let start = Instant::now();
