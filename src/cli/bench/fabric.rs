@@ -62,6 +62,10 @@ pub struct Args {
     /// Time for each measurement, seconds.
     #[arg(long, env = "DISTKV_BENCH_SECONDS", default_value_t = 0.5)]
     pub seconds: f64,
+    /// Places that the writes of a stream rotate through; usually all that 64 MiB
+    /// hold. perftest has one, which stays in the caches.
+    #[arg(long, env = "DISTKV_BENCH_PLACES", value_parser = clap::value_parser!(u32).range(1..))]
+    pub places: Option<u32>,
     /// Run all sides as threads of one process (loopback always does).
     #[arg(long, env = "DISTKV_BENCH_THREADS")]
     pub threads: bool,
@@ -106,6 +110,9 @@ pub fn run(args: Args) -> Result<()> {
         if args.threads { "threads" } else { "processes" },
         std::thread::available_parallelism().map_or(1, usize::from),
     ));
+    if let Some(places) = args.places {
+        report.note(format!("a stream's writes rotate through {places} places at most"));
+    }
     for subject in &args.transport {
         measure(*subject, &args, &mut report).with_context(|| format!("measuring {subject}"))?;
     }
@@ -180,8 +187,9 @@ fn measure_size(
     }
     report.latency(name, own);
     // What is not warm yet is not measured.
-    stream(side, verb, size, budget / 10)?;
-    let flow = stream(side, verb, size, budget)?;
+    let places = args.places.map_or(REGION / size, |places| (REGION / size).min(places as usize));
+    stream(side, verb, size, places, budget / 10)?;
+    let flow = stream(side, verb, size, places, budget)?;
     let to = if peers > 1 { format!(" to {peers}") } else { String::new() };
     report.figure(format!("{name} stream{to}"), flow.rate() * size as f64 / 1e9, "GB/s");
     report.figure(format!("{name} stream{to}"), flow.rate(), format!("{}s/s", verb.name()));
@@ -207,8 +215,32 @@ fn human(bytes: usize) -> String {
     }
 }
 
-fn record(into: &mut Histogram<u64>, took: Duration) {
-    into.saturating_record(took.as_nanos() as u64);
+/// Round trips that follow one another.
+struct Lap {
+    start: Instant,
+    /// Of one that has ended and is not noted.
+    took: Option<Duration>,
+}
+
+impl Lap {
+    /// The first begins now.
+    fn new() -> Self {
+        Self { start: Instant::now(), took: None }
+    }
+
+    /// One ends, the next begins.
+    fn end(&mut self) {
+        let now = Instant::now();
+        self.took = Some(now - self.start);
+        self.start = now;
+    }
+
+    /// Notes what has ended.
+    fn note(&mut self, into: &mut Histogram<u64>) {
+        if let Some(took) = self.took.take() {
+            into.saturating_record(took.as_nanos() as u64);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -222,6 +254,7 @@ mod tests {
             size: vec![8, 4096],
             peers,
             seconds: 0.002,
+            places: None,
             threads: true,
             rdma: RdmaOptions::default(),
             output: Output::default(),
@@ -278,8 +311,21 @@ mod tests {
     }
 
     #[test]
+    fn a_round_trip_is_noted_once_when_it_has_ended() {
+        let (mut lap, mut into) = (Lap::new(), histogram());
+        lap.note(&mut into);
+        assert_eq!(into.len(), 0);
+        std::thread::sleep(Duration::from_millis(2));
+        lap.end();
+        lap.note(&mut into);
+        lap.note(&mut into);
+        assert_eq!(into.len(), 1);
+        assert!(into.min() >= 1_900_000, "{}", into.min());
+    }
+
+    #[test]
     fn what_a_send_cannot_carry_is_said_and_a_write_does() {
-        let args = Args { size: vec![MAX_SIZE], ..args(1) };
+        let args = Args { size: vec![MAX_SIZE], places: Some(1), ..args(1) };
         let table = table(&["shm"], &args);
         must_have(&table, &["shm send 16 MiB: not measured, a send carries at most 1 MiB", "shm write 16 MiB stream"]);
         assert!(!table.contains(" sends/s"), "{table}");

@@ -3,14 +3,13 @@
 
 use std::io::{ErrorKind, Read, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::time::Instant;
 
 use anyhow::{Result, bail};
 use hdrhistogram::Histogram;
 use rustix::event::{PollFd, PollFlags};
 
 use super::patience::Patience;
-use super::{record, slots};
+use super::{Lap, slots};
 
 /// A socket of one side.
 pub(super) struct Floor {
@@ -49,15 +48,19 @@ impl Floor {
     /// counted.
     pub fn ping(&mut self, size: usize, rounds: u32, into: &mut Histogram<u64>) -> Result<()> {
         self.make_room(size);
+        let mut lap = Lap::new();
         for i in 0..=rounds {
             let at = i as usize % slots(size) * size;
-            let start = Instant::now();
             self.send(at, size)?;
+            lap.note(into);
             self.receive(at, size)?;
-            if i > 0 {
-                record(into, start.elapsed());
+            if i == 0 {
+                lap = Lap::new();
+            } else {
+                lap.end();
             }
         }
+        lap.note(into);
         Ok(())
     }
 

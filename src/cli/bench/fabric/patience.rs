@@ -8,8 +8,9 @@ use anyhow::Result;
 /// A spinner lets others have its core after this time: longer than an answer takes
 /// even where RDMA is emulated, or what is measured is how long that lasts.
 const PATIENCE: Duration = Duration::from_micros(50);
-/// And sleeps after this time.
-const LIMIT: Duration = Duration::from_millis(1);
+/// And sleeps after this time: longer than 64 KiB take there (1.1 ms), or whoever
+/// posts pays for waking it, 50 µs where a wake-up is emulated too.
+const LIMIT: Duration = Duration::from_millis(2);
 
 /// One wait's.
 pub(super) struct Patience {

@@ -12,7 +12,7 @@ use crate::cli::options::RdmaOptions;
 
 use super::patience::Patience;
 use super::subject::{Subject, Verb};
-use super::{REGION, SLOTS, record, slots};
+use super::{Lap, REGION, SLOTS, slots};
 
 /// A message that begins with this carries nothing but bytes; any other is an
 /// order or an answer.
@@ -224,15 +224,18 @@ impl Side {
         Ok(())
     }
 
-    /// Round trips with one link.
+    /// Round trips with one link. Where one ends the next begins; its time is noted
+    /// while the next is under way, so that it costs none itself.
     pub fn ping(&mut self, link: usize, verb: Verb, size: usize, rounds: u32, into: &mut Histogram<u64>) -> Result<()> {
         self.tell(link, &format!("ping {} {size} {rounds}", verb.name()))?;
+        let mut lap = Lap::new();
         for i in 0..rounds as usize {
-            let start = Instant::now();
             self.post(link, verb, i, slots(size), size)?;
+            lap.note(into);
             self.await_arrival(link)?;
-            record(into, start.elapsed());
+            lap.end();
         }
+        lap.note(into);
         Ok(())
     }
 

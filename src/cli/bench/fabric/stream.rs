@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::REGION;
 use super::side::Side;
 use super::subject::Verb;
 
@@ -39,8 +38,8 @@ impl Flow {
     }
 }
 
-/// Posts to every peer of `side` for `budget`.
-pub(super) fn stream(side: &mut Side, verb: Verb, size: usize, budget: Duration) -> Result<Flow> {
+/// Posts to every peer of `side` for `budget`; writes rotate through `places`.
+pub(super) fn stream(side: &mut Side, verb: Verb, size: usize, places: usize, budget: Duration) -> Result<Flow> {
     let peers = side.links.len();
     let window = (WINDOW_BYTES / size).clamp(1, WINDOW) as u64;
     let acknowledge = (window / 8).max(1);
@@ -49,7 +48,6 @@ pub(super) fn stream(side: &mut Side, verb: Verb, size: usize, budget: Duration)
     for link in 0..peers {
         side.tell(link, &format!("drain {acknowledge}"))?;
     }
-    let places = REGION / size;
     let (start, mut posted) = (Instant::now(), vec![0u64; peers]);
     let acknowledged = |side: &Side, link: usize| (side.links[link].arrived - before[link]) * acknowledge;
     for turn in 1u32.. {
