@@ -1,0 +1,75 @@
+//! A kernel of the GPU with its threads run by the CPU, addresses and alignments
+//! checked (`cuda_on_cpu.cpp`).
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+/// Cases, more with `DISTKV_CASES`: a few seconds each on two cores.
+const CASES: &str = "10";
+
+/// What stands between two marks, which are left.
+fn between<'a>(text: &'a str, from: &str, to: &str) -> &'a str {
+    let begin = text.find(from).unwrap_or_else(|| panic!("{from:?} is gone")) + from.len();
+    let end = text[begin..].find(to).unwrap_or_else(|| panic!("{to:?} is gone"));
+    &text[begin..begin + end]
+}
+
+fn replace(text: &str, from: &str, to: &str) -> String {
+    assert_eq!(text.matches(from).count(), 1, "{from:?}");
+    text.replacen(from, to, 1)
+}
+
+/// The kernel as a C++ compiler takes it: without headers, entry points and what
+/// only a GPU's assembler knows.
+fn kernel(source: &str) -> String {
+    let text: String = source.lines().filter(|line| !line.starts_with("#include")).map(|l| format!("{l}\n")).collect();
+    let text = replace(
+        &text,
+        "__shared__ __align__(16) Shared<D, G> shared;",
+        "Shared<D, G> &shared = *static_cast<Shared<D, G> *>(shared_memory());",
+    );
+    let prefetch = between(&text, "asm volatile(\"prefetch", ";\n").to_owned();
+    let text = replace(&text, &format!("asm volatile(\"prefetch{prefetch};"), "(void)row;");
+    let stores =
+        between(&text, "__device__ __forceinline__ void store_peer(float4", "template <class T, uint32_t D").to_owned();
+    let text = replace(&text, &format!("__device__ __forceinline__ void store_peer(float4{stores}"), "");
+    text[..text.find("#define SHORT(").expect("entry points")].to_owned()
+}
+
+#[test]
+fn attention_to_short_contexts_is_attention() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |path: &str| fs::read_to_string(root.join(path)).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let header = read("cuda/api.h");
+    let structs: String = ["Step", "Slot", "Seq", "Page", "DecodeShort"]
+        .map(|name| format!("struct {name} {{{}\n}};\n", between(&header, &format!("struct {name} {{"), "\n};")))
+        .concat();
+    fs::write(folder.path().join("structs.inc"), format!("namespace distkv {{\n{structs}}}\n")).unwrap();
+    fs::write(folder.path().join("kernel.inc"), kernel(&read("cuda/decode_short.cu"))).unwrap();
+    let program = folder.path().join("cuda_on_cpu");
+    let compiled = Command::new(std::env::var("CXX").unwrap_or_else(|_| "c++".into()))
+        .args([
+            "-std=c++17",
+            "-O1",
+            "-g",
+            "-w",
+            "-fsanitize=address,undefined",
+            "-fno-sanitize-recover=all",
+            "-pthread",
+        ])
+        .arg("-I")
+        .arg(folder.path())
+        .arg(root.join("tests/cuda_on_cpu.cpp"))
+        .arg("-o")
+        .arg(&program)
+        .output()
+        .unwrap();
+    assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+    let cases = std::env::var("DISTKV_CASES").unwrap_or_else(|_| CASES.into());
+    let ran = Command::new(&program).arg(cases).output().unwrap();
+    let said = String::from_utf8_lossy(&ran.stdout);
+    print!("{said}");
+    assert!(ran.status.success(), "{said}{}", String::from_utf8_lossy(&ran.stderr));
+}
