@@ -5,11 +5,16 @@
 // spares most of the reading again. To look at more rows takes longer than the fence:
 // then they are handed on where they lie, and the relay only counts.
 //
-// A relay has counters, what of each half is to be made ABSENT again, and two halves. A launch uses one half, and makes the other, which the launch before it
-// used, ABSENT again. A half holds for each product but the first, one behind the
-// other, x as T [rows of the kernel, in] and the sums of squares as f32 [rows of the
-// kernel, in / 32]. Launches with one relay follow each other; all blocks of one are
-// resident at once. Those that are fenced are not counted as launches.
+// A relay has counters, what of each half is to be made ABSENT again, and two halves.
+// A launch uses one half, and makes the other, which the launch before it used, ABSENT
+// again. A half holds for each product but the first, one behind the other, x as T
+// [rows of the kernel, in] and the sums of squares as f32 [rows of the kernel, in /
+// 32]. Launches with one relay follow each other; all blocks of one are resident at
+// once. Those that are fenced are not counted as launches.
+//
+// Nobody needs more than that: a block has all of x only when all that made x have
+// read all that they were made from, so what a product reads may be written once it
+// is done; and who adds to the residual stream twice adds to his own features.
 #pragma once
 #include "linear.cuh"
 #include "linear_tile.cuh"
@@ -36,7 +41,10 @@ __device__ __forceinline__ float2 relay_load_2(const float *from) {
 
 __device__ __forceinline__ uint4 shared_load_4(uint32_t from) {
     uint4 v;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(from)
+                 : "memory");
     return v;
 }
 
