@@ -177,16 +177,19 @@ template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decod
             fetch_row<D>(pool + uint64_t(at + to_value) * D);
         }
     }
+    const auto fetch = [&](uint32_t t, uint32_t beyond, uint32_t column) -> uint2 {
+        const uint32_t at = t < count ? shared.key[t] : NOWHERE;
+        if (at == NOWHERE) {
+            return {0, 0};
+        }
+        return *reinterpret_cast<const uint2 *>(pool + uint64_t(at + beyond) * D + column);
+    };
     const uint32_t key_group = warp * (32 / LANES) + lane / LANES, sub = lane % LANES;
     uint2 key[BATCH];
     const auto load_keys = [&](uint32_t base, uint2 (&key)[BATCH]) {
 #pragma unroll
         for (uint32_t i = 0; i < BATCH; i++) {
-            const uint32_t t = base + key_group * BATCH + i, at = t < count ? shared.key[t] : NOWHERE;
-            key[i] = {0, 0};
-            if (at != NOWHERE) {
-                key[i] = *reinterpret_cast<const uint2 *>(pool + uint64_t(at) * D + sub * 4);
-            }
+            key[i] = fetch(base + key_group * BATCH + i, 0, sub * 4);
         }
     };
     load_keys(0, key);
@@ -195,11 +198,7 @@ template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decod
     const auto load_values = [&](uint32_t base, uint2 (&value)[AHEAD]) {
 #pragma unroll
         for (uint32_t i = 0; i < AHEAD; i++) {
-            const uint32_t t = base + i * AT_ONCE + value_token, at = t < count ? shared.key[t] : NOWHERE;
-            value[i] = {0, 0};
-            if (at != NOWHERE) {
-                value[i] = *reinterpret_cast<const uint2 *>(pool + uint64_t(at + to_value) * D + element);
-            }
+            value[i] = fetch(base + i * AT_ONCE + value_token, to_value, element);
         }
     };
     load_values(0, value);

@@ -14,8 +14,8 @@
 // it has of the rows that are the other's to finish. Sums are always added in the
 // same order: results do not depend on timing.
 //
-// A launch runs several products, each made from the one before, whose rows come
-// through the relay (linear_relay.cuh). Weights depend on nothing: the ring takes in
+// A launch runs several products, each made from the one before, whose rows are
+// handed on as linear_relay.cuh has it. Weights depend on nothing: the ring takes in
 // the next product's while this one is finished and x is handed on, so that memory
 // idles little; likewise before the first product, while the kernel before is still
 // running.

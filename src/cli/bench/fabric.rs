@@ -315,12 +315,10 @@ mod tests {
         let (mut lap, mut into) = (Lap::new(), histogram());
         lap.note(&mut into);
         assert_eq!(into.len(), 0);
-        std::thread::sleep(Duration::from_millis(2));
         lap.end();
         lap.note(&mut into);
         lap.note(&mut into);
         assert_eq!(into.len(), 1);
-        assert!(into.min() >= 1_900_000, "{}", into.min());
     }
 
     #[test]

@@ -253,14 +253,15 @@ impl Chain {
         let size = self.element.size();
         let handed =
             |q: &Queued| rows as usize * (q.product.in_features as usize * size + q.product.in_features as usize / 8);
-        let half = self.queue.iter().skip(1).map(handed).sum::<usize>();
+        let weights = |q: &Queued| u64::from(q.product.in_features) * u64::from(q.product.out_features) * size as u64;
+        let fenced = self.rows > LOOKED_AT || self.queue.iter().map(weights).sum::<u64>() < self.fenced_below;
+        // Behind fences the relay only counts.
+        let half = if fenced { 0 } else { self.queue.iter().skip(1).map(handed).sum::<usize>() };
         let relays = &mut self.relays[self.bucket];
         if relays.last().is_none_or(|relay| half > relay.half) {
             relays.push(Relay::new(&self.context, stream, half)?);
         }
         let relay = relays.last().expect("made above");
-        let weights = |q: &Queued| u64::from(q.product.in_features) * u64::from(q.product.out_features) * size as u64;
-        let fenced = self.rows > LOOKED_AT || self.queue.iter().map(weights).sum::<u64>() < self.fenced_below;
         let x = first.input(self.element, rows, first.x, first.pitch)?;
         let mut arguments = Arguments {
             weights: [first.weights; MOST],
@@ -280,13 +281,13 @@ impl Chain {
         let mut at = relay.memory.address() + RELAY_HEAD as u64;
         for (i, queued) in self.queue.drain(..).enumerate() {
             (arguments.weights[i], arguments.product[i]) = (queued.weights, queued.product);
-            if i > 0 {
+            if i > 0 && fenced {
+                let map = queued.input(self.element, rows, queued.x, queued.pitch)?;
+                arguments.handed.iter_mut().for_each(|maps| maps[i - 1] = map);
+            } else if i > 0 {
                 for (half, maps) in arguments.handed.iter_mut().enumerate() {
-                    let (x, pitch) = match fenced {
-                        true => (queued.x, queued.pitch),
-                        false => (at + (half * relay.half) as u64, u64::from(queued.product.in_features)),
-                    };
-                    maps[i - 1] = queued.input(self.element, rows, x, pitch)?;
+                    let pitch = u64::from(queued.product.in_features);
+                    maps[i - 1] = queued.input(self.element, rows, at + (half * relay.half) as u64, pitch)?;
                 }
                 at += handed(&queued) as u64;
             }
