@@ -131,9 +131,10 @@ __device__ __forceinline__ void bring_handed(const Linear &p, const Share &share
 
 template <uint32_t M>
 __device__ __forceinline__ void bring_rows(const LinearArgs &a, const Place &at, uint32_t lane) {
-    const uint32_t turn = relay_turn(a.chain), stored = relay_count(a.chain, RELAY_STORED), stages = a.chain.stages;
+    const uint32_t turn = relay_turn(a.chain), stages = a.chain.stages;
+    const RelayStart start(a.chain);
     __syncwarp();
-    made_arrive((CONSUMERS + 2) * 32); // the count was read: this block may count
+    made_arrive((CONSUMERS + 2) * 32); // the counts were read: this block may count
     Cursor c{0, 1};
     uint32_t landings = 0; // parities of the stages' barriers
     for (uint32_t n = 0; n < a.chain.count; n++) {
@@ -141,7 +142,7 @@ __device__ __forceinline__ void bring_rows(const LinearArgs &a, const Place &at,
         const CUtensorMap *map = n == 0 ? &a.x : &a.handed[turn][n - 1];
         Share share(p, at);
         if (n > 0 && share.first < share.tiles) {
-            relay_wait(a.chain, stored, n);
+            relay_wait(a.chain, start, n - 1);
             if (!a.chain.fenced) {
                 bring_handed<M>(p, share, at, map, rows_of<M>(a, n), stages, c, landings, lane);
                 share.first += share.step;
@@ -167,7 +168,8 @@ __device__ __forceinline__ void bring_rows(const LinearArgs &a, const Place &at,
 template <uint32_t M>
 __device__ __forceinline__ void find_scales(const LinearArgs &a, const Place &at, uint32_t lane) {
     constexpr uint32_t AT_ONCE = 8;
-    const uint32_t turn = relay_turn(a.chain), stored = relay_count(a.chain, RELAY_STORED);
+    const uint32_t turn = relay_turn(a.chain);
+    const RelayStart start(a.chain);
     __syncwarp();
     made_arrive((CONSUMERS + 2) * 32);
     const uint8_t *half = relay_half(a.chain, turn);
@@ -187,7 +189,7 @@ __device__ __forceinline__ void find_scales(const LinearArgs &a, const Place &at
             continue;
         }
         if (n > 0 && a.chain.fenced) {
-            relay_wait(a.chain, stored, n);
+            relay_wait(a.chain, start, n - 1);
         }
         const uint32_t rows = rows_of<M>(a, n), parts = p.in_features / UNIT;
         const float part = __fdividef(1.0f, float(p.in_features));
@@ -403,7 +405,7 @@ __device__ __forceinline__ void consume(const LinearArgs &a, const Place &at, ui
                 sync_threads(CONSUMERS * 32);
             }
             if (thread == 0) {
-                relay_stored(a.chain);
+                relay_stored(a.chain, n);
             }
         }
     }

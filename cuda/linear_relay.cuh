@@ -27,8 +27,10 @@ constexpr uint32_t ABSENT = 0xffffffff;
 // What stands for it, should it be written all the same: nobody may wait for ever.
 constexpr uint32_t NAN_16 = 0x7fff7fff, NAN_32 = 0x7fffffff;
 constexpr uint32_t RELAY_HEAD = 128; // bytes before the halves
-// Words of the head: launches; what was used of each half; times that all blocks have
-// stored what they hand on.
+// Words of the head: launches; what was used of each half; by product, times that all
+// blocks have stored what they hand on to the next. Each product has a count of its
+// own: a block without tiles waits for nobody, and would be counted twice where
+// another is not yet.
 constexpr uint32_t RELAY_LAUNCHES = 0, RELAY_USED = 1, RELAY_STORED = 16;
 
 // ---- Words ----
@@ -88,18 +90,34 @@ __device__ __forceinline__ void relay_come(const LinearChain &c, uint32_t word) 
     asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(c.relay + word), "r"(step) : "memory");
 }
 
-// By one thread, after a barrier of its block: it has stored what it hands on.
-__device__ __forceinline__ void relay_stored(const LinearChain &c) {
+// By one thread, after a barrier of its block: it has stored what product n hands on.
+__device__ __forceinline__ void relay_stored(const LinearChain &c, uint32_t n) {
     if (c.fenced) {
         asm volatile("fence.proxy.async.global;\n\tfence.acq_rel.gpu;" ::: "memory");
     }
-    relay_come(c, RELAY_STORED);
+    relay_come(c, RELAY_STORED + n);
 }
 
-// Until all have stored `times` times since the count was `start`; behind a fence, it
-// is there for the copy engine.
-__device__ __forceinline__ void relay_wait(const LinearChain &c, uint32_t start, uint32_t times) {
-    while ((relay_count(c, RELAY_STORED) - start & 0xffff) < times) {
+// The products' counts as a launch finds them.
+struct RelayStart {
+    uint32_t stored[MAX_PRODUCTS - 1];
+
+    __device__ __forceinline__ explicit RelayStart(const LinearChain &c) {
+#pragma unroll
+        for (uint32_t n = 0; n < MAX_PRODUCTS - 1; n++) {
+            stored[n] = relay_count(c, RELAY_STORED + n);
+        }
+    }
+
+    __device__ __forceinline__ uint32_t of(uint32_t n) const {
+        return n == 0 ? stored[0] : n == 1 ? stored[1] : stored[2];
+    }
+};
+
+// Until all have stored what product n hands on; behind a fence, it is there for the
+// copy engine.
+__device__ __forceinline__ void relay_wait(const LinearChain &c, const RelayStart &start, uint32_t n) {
+    while (relay_count(c, RELAY_STORED + n) == start.of(n)) {
     }
     if (c.fenced) {
         asm volatile("fence.acq_rel.gpu;\n\tfence.proxy.async.global;" ::: "memory");
