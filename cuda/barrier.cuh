@@ -79,4 +79,16 @@ __device__ __forceinline__ void sync_threads(uint32_t threads) {
     asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
 }
 
+// The same, and whether any of them says so.
+__device__ __forceinline__ bool any_of_threads(uint32_t threads, bool so) {
+    uint32_t any;
+    asm volatile("{\n\t.reg .pred so, any;\n\tsetp.ne.b32 so, %1, 0;\n\t"
+                 "bar.red.or.pred any, 1, %2, so;\n\t"
+                 "selp.u32 %0, 1, 0, any;\n\t}"
+                 : "=r"(any)
+                 : "r"(uint32_t(so)), "r"(threads)
+                 : "memory");
+    return any != 0;
+}
+
 } // namespace distkv

@@ -87,46 +87,16 @@ __device__ __forceinline__ void bring_weights(const LinearArgs &a, const Place &
 
 // ---- The warp that brings x ----
 
-// A stage's rows, by one thread; their bytes count at `barrier`.
-__device__ __forceinline__ void ask_rows(const Linear &p, const Place &at, const CUtensorMap *map, uint32_t slot,
-                                         uint32_t place, uint32_t bytes, uint32_t barrier) {
-    barrier_arrive_expect(barrier, bytes);
-    copy_box_kept(at.ring + slot * at.stage + p.tile_units * p.depth * BRICK, map, 0, place, barrier);
+__device__ __forceinline__ uint32_t rows_at(const Linear &p, const Place &at, uint32_t slot) {
+    return at.ring + slot * at.stage + p.tile_units * p.depth * BRICK;
 }
 
-// Rows out of the relay for a block's first tile: asked for as there are empty stages,
-// looked at in order, and asked for again where they were not there.
+// A stage's rows, by one thread; their bytes count at `barrier`.
 template <uint32_t M>
-__device__ __forceinline__ void bring_handed(const Linear &p, const Share &share, const Place &at, const CUtensorMap *map,
-                                             uint32_t rows, uint32_t stages, Cursor &c, uint32_t &landings, uint32_t lane) {
-    const uint32_t bytes = p.depth * M * DEPTH * 2;
-    const auto is_over = [&](uint32_t barrier, uint32_t parity) {
-        return __shfl_sync(~0u, uint32_t(barrier_is_over(barrier, parity)), 0) != 0;
-    };
-    Cursor asked = c;
-    uint32_t asked_place = share.begin, place = share.begin;
-    while (place < share.end) {
-        if (asked_place < share.end && is_over(at.empty + asked.slot * 8, asked.parity)) {
-            if (lane == 0) {
-                ask_rows(p, at, map, asked.slot, asked_place, bytes, at.landed + asked.slot * 8);
-            }
-            asked.advance(stages);
-            asked_place += p.depth;
-        }
-        if (place < asked_place && is_over(at.landed + c.slot * 8, landings >> c.slot & 1)) {
-            landings ^= 1u << c.slot;
-            barrier_wait(at.landed + c.slot * 8, landings >> c.slot & 1 ^ 1); // for every lane
-            if (rows_are_there<M>(p, at.ring + c.slot * at.stage + p.tile_units * p.depth * BRICK, rows, lane)) {
-                if (lane == 0) {
-                    barrier_arrive(at.fed + c.slot * 8);
-                }
-                c.advance(stages);
-                place += p.depth;
-            } else if (lane == 0) {
-                ask_rows(p, at, map, c.slot, place, bytes, at.landed + c.slot * 8);
-            }
-        }
-    }
+__device__ __forceinline__ void ask_rows(const Linear &p, const Place &at, const CUtensorMap *map, uint32_t slot,
+                                         uint32_t place, uint32_t barrier) {
+    barrier_arrive_expect(barrier, p.depth * M * DEPTH * 2);
+    copy_box_kept(rows_at(p, at, slot), map, 0, place, barrier);
 }
 
 template <uint32_t M>
@@ -136,28 +106,27 @@ __device__ __forceinline__ void bring_rows(const LinearArgs &a, const Place &at,
     __syncwarp();
     made_arrive((CONSUMERS + 2) * 32); // the counts were read: this block may count
     Cursor c{0, 1};
-    uint32_t landings = 0; // parities of the stages' barriers
     for (uint32_t n = 0; n < a.chain.count; n++) {
         const Linear &p = a.product[n];
         const CUtensorMap *map = n == 0 ? &a.x : &a.handed[turn][n - 1];
-        Share share(p, at);
+        const Share share(p, at);
+        uint32_t until = 0; // places that the turns before the last make; 0: of all it is known that they are there
         if (n > 0 && share.first < share.tiles) {
-            relay_wait(a.chain, start, n - 1);
-            if (!a.chain.fenced) {
-                bring_handed<M>(p, share, at, map, rows_of<M>(a, n), stages, c, landings, lane);
-                share.first += share.step;
-            }
+            const Share before(a.product[n - 1], at);
+            until = before.early(a.product[n - 1]) / DEPTH;
+            relay_wait(a.chain, start, 2 * n - (until > 0 ? 2 : 1));
         }
-        // What is known to be there.
         if (lane == 0) {
-            const uint32_t bytes = p.depth * M * DEPTH * 2;
             each_stage(p, share, [&](uint32_t place, uint32_t) {
+                if (until > 0 && place + p.depth > until) {
+                    relay_wait(a.chain, start, 2 * n - 1);
+                    until = 0;
+                }
                 barrier_wait(at.empty + c.slot * 8, c.parity);
-                ask_rows(p, at, map, c.slot, place, bytes, at.fed + c.slot * 8);
+                ask_rows<M>(p, at, map, c.slot, place, at.fed + c.slot * 8);
                 c.advance(stages);
             });
         }
-        c.slot = __shfl_sync(~0u, c.slot, 0), c.parity = __shfl_sync(~0u, c.parity, 0);
     }
 }
 
@@ -189,7 +158,7 @@ __device__ __forceinline__ void find_scales(const LinearArgs &a, const Place &at
             continue;
         }
         if (n > 0 && a.chain.fenced) {
-            relay_wait(a.chain, start, n - 1);
+            relay_wait(a.chain, start, 2 * n - 1);
         }
         const uint32_t rows = rows_of<M>(a, n), parts = p.in_features / UNIT;
         const float part = __fdividef(1.0f, float(p.in_features));
@@ -249,16 +218,53 @@ struct Lot {
     }
 };
 
-// A tile: adds its stages' bricks times rows. A stage's multiplications are under
-// way while the next is waited for. What is multiplied is known to the compiler:
-// where it does not know it, each multiplication waits for the one before.
+// Which stages' rows are to be looked at: all of a block's first tile, and behind it
+// those that were asked for before that was multiplied.
+struct Looked {
+    const CUtensorMap *map; // of the rows
+    uint32_t rows;          // in use
+    uint32_t left;          // stages that are still to be looked at
+    uint32_t again;         // times that a stage's rows were asked for again
+};
+
+// Until a stage's rows in use are all there: by all that multiply, each a part, as
+// one warp would take longer than the stage does to come.
+template <uint32_t M>
+__device__ __forceinline__ void look_at_rows(const Linear &p, const Place &at, Looked &looked, uint32_t slot, uint32_t place,
+                                             uint32_t thread) {
+    const uint32_t from = rows_at(p, at, slot);
+    while (true) {
+        uint32_t most = 0; // ABSENT is the most that there is
+        for (uint32_t i = thread; i < p.depth * M * 8; i += CONSUMERS * 32) {
+            if (i / 8 % M < looked.rows) {
+                const uint4 v = shared_load_4(from + i * 16);
+                most = max(max(most, max(v.x, v.y)), max(v.z, v.w));
+            }
+        }
+        if (!any_of_threads(CONSUMERS * 32, most == ABSENT)) {
+            return;
+        }
+        if (thread == 0) {
+            ask_rows<M>(p, at, looked.map, slot, place, at.again);
+        }
+        barrier_wait(at.again, looked.again++ & 1);
+    }
+}
+
+// A tile: adds its stages' bricks times rows. A stage is given back as soon as it was
+// multiplied, for the ring to be on its way to memory: multiplying is by far the
+// faster. What is multiplied is known to the compiler: where it does not know it,
+// each multiplication waits for the one before.
 template <class T, uint32_t M, uint32_t PAIRS, uint32_t PLACES>
-__device__ __forceinline__ void multiply_tile(float (&sums)[2][M / 2], const Lot &lot, const Place &at, Cursor &c,
-                                              uint32_t stages, uint32_t count, uint32_t lane) {
-    uint32_t before = 0;
+__device__ __forceinline__ void multiply_tile(float (&sums)[2][M / 2], const Linear &p, const Share &share, const Lot &lot,
+                                              const Place &at, Cursor &c, uint32_t stages, Looked &looked, uint32_t thread) {
 #pragma unroll 1
-    for (uint32_t s = 0; s < count; s++) {
+    for (uint32_t place = share.begin; place < share.end; place += p.depth) {
         barrier_wait(at.fed + c.slot * 8, c.parity);
+        if (looked.left > 0) {
+            looked.left--;
+            look_at_rows<M>(p, at, looked, c.slot, place, thread);
+        }
         barrier_wait(at.full + c.slot * 8, c.parity);
         const uint64_t w = lot.weights + (c.slot * at.stage >> 4), x = lot.rows + (c.slot * at.stage >> 4);
         multiply_fence();
@@ -274,16 +280,11 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[2][M / 2], const Lot
             }
         }
         multiply_commit();
-        multiply_wait<1>();
-        if (s > 0 && lane == 0) {
-            barrier_arrive(at.empty + before * 8);
+        multiply_wait<0>();
+        if (thread % 32 == 0) {
+            barrier_arrive(at.empty + c.slot * 8);
         }
-        before = c.slot;
         c.advance(stages);
-    }
-    multiply_wait<0>();
-    if (lane == 0) {
-        barrier_arrive(at.empty + before * 8);
     }
 }
 
@@ -331,9 +332,12 @@ __device__ __forceinline__ void give(const Place &at, uint32_t thread, uint32_t 
 template <class T, uint32_t M>
 __device__ __forceinline__ void consume(const LinearArgs &a, const Place &at, uint32_t thread) {
     const uint32_t lane = thread % 32, warp = __shfl_sync(0xffffffff, thread / 32, 0), group = warp / 4;
-    uint8_t *half = relay_half(a.chain, relay_turn(a.chain));
+    const uint32_t turn = relay_turn(a.chain), stages = a.chain.stages;
+    uint8_t *half = relay_half(a.chain, turn);
+    Looked looked{nullptr, 0, 0, 0};
     uint32_t meetings = 0, gives = 0, takes = 0; // of the cluster
     Cursor c{0, 0};
+    made_wait((CONSUMERS + 2) * 32); // this block's other warps have read the counts: it may count
     for (uint32_t n = 0; n < a.chain.count; n++) {
         const Linear &p = a.product[n];
         const Share share(p, at);
@@ -349,9 +353,12 @@ __device__ __forceinline__ void consume(const LinearArgs &a, const Place &at, ui
         if (shared && n > 0 && share.first < share.tiles) { // all have read the sums of the product before
             give(at, thread, gives);
         }
+        if (n > 0 && !a.chain.fenced) {
+            looked.map = &a.handed[turn][n - 1], looked.rows = rows;
+            looked.left = (share.end - share.begin + p.depth - 1) / p.depth + stages;
+        }
         const Lot lot(p, at, M, group);
         const uint32_t pairs = p.tile_units > (p.depth == 1 ? 4 : 2) ? 2 : 1; // depth is 1, 2, 4 or 8
-        const uint32_t count = (share.end - share.begin + p.depth - 1) / p.depth, stages = a.chain.stages;
         for (uint32_t tile = share.first; tile < share.tiles; tile += share.step) {
             const uint32_t unit = tile * p.tile_units;
             const uint32_t feature = feature_of(p, unit, mine.quad);
@@ -361,13 +368,13 @@ __device__ __forceinline__ void consume(const LinearArgs &a, const Place &at, ui
             }
             float sums[2][M / 2] = {};
             if (p.depth == 8) {
-                multiply_tile<T, M, 1, 4>(sums, lot, at, c, stages, count, lane);
+                multiply_tile<T, M, 1, 4>(sums, p, share, lot, at, c, stages, looked, thread);
             } else if (pairs == 2) {
-                multiply_tile<T, M, 2, 1>(sums, lot, at, c, stages, count, lane);
+                multiply_tile<T, M, 2, 1>(sums, p, share, lot, at, c, stages, looked, thread);
             } else if (p.depth == 4) {
-                multiply_tile<T, M, 1, 2>(sums, lot, at, c, stages, count, lane);
+                multiply_tile<T, M, 1, 2>(sums, p, share, lot, at, c, stages, looked, thread);
             } else {
-                multiply_tile<T, M, 1, 1>(sums, lot, at, c, stages, count, lane);
+                multiply_tile<T, M, 1, 1>(sums, p, share, lot, at, c, stages, looked, thread);
             }
             if (tile != share.first) {
                 sync_threads(CONSUMERS * 32); // nobody reads the sums of the tile before any more
@@ -397,15 +404,17 @@ __device__ __forceinline__ void consume(const LinearArgs &a, const Place &at, ui
             } else {
                 finish<T, M, LOGITS>(p, share, at, unit, rows, mine, asked, handed);
             }
+            if (tile + 2 * share.step == share.first + share.turns * share.step && n + 1 < a.chain.count) {
+                sync_threads(CONSUMERS * 32);
+                if (thread == 0) {
+                    relay_stored(a.chain, 2 * n);
+                }
+            }
         }
         if (n + 1 < a.chain.count) {
-            if (n == 0) {
-                made_wait((CONSUMERS + 2) * 32);
-            } else {
-                sync_threads(CONSUMERS * 32);
-            }
+            sync_threads(CONSUMERS * 32);
             if (thread == 0) {
-                relay_stored(a.chain, n);
+                relay_stored(a.chain, 2 * n + 1);
             }
         }
     }
@@ -419,8 +428,8 @@ __device__ __forceinline__ void linear(const LinearArgs &a) {
     at.full = base;
     at.empty = base + MAX_STAGES * 8;
     at.fed = base + MAX_STAGES * 16;
-    at.landed = base + MAX_STAGES * 24;
-    at.summed = base + MAX_STAGES * 32;
+    at.again = base + MAX_STAGES * 24;
+    at.summed = at.again + 8;
     at.taken = at.summed + 8;
     at.scales = at.taken + 16;
     at.ring = base + HEAD;
@@ -443,9 +452,9 @@ __device__ __forceinline__ void linear(const LinearArgs &a) {
             for (uint32_t s = 0; s < a.chain.stages; s++) {
                 barrier_init(at.full + s * 8, 1);
                 barrier_init(at.fed + s * 8, 1);
-                barrier_init(at.landed + s * 8, 1);
                 barrier_init(at.empty + s * 8, CONSUMERS);
             }
+            barrier_init(at.again, 1);
             barrier_init(at.summed, 1);
             barrier_init(at.taken, 1);
             barrier_init(at.taken + 8, 1);

@@ -1,8 +1,8 @@
 // How a product of a launch hands rows on to the next: through a relay in the device's
 // memory, each of whose words says by itself whether it is there. A word that is not
-// is ABSENT; who reads it reads it again. So a few rows need no fence, which takes 1.5
-// to 2.5 us while weights stream: that the blocks say when they have stored only
-// spares most of the reading again. To look at more rows takes longer than the fence:
+// is ABSENT; who reads it reads it again. So a few rows need no fence, which takes a
+// microsecond while weights stream: that the blocks say when they have stored only
+// spares most of the reading again. With more rows there is too much to read again:
 // then they are handed on where they lie, and the relay only counts.
 //
 // A relay has counters, what of each half is to be made ABSENT again, and two halves.
@@ -28,9 +28,10 @@ constexpr uint32_t ABSENT = 0xffffffff;
 constexpr uint32_t NAN_16 = 0x7fff7fff, NAN_32 = 0x7fffffff;
 constexpr uint32_t RELAY_HEAD = 128; // bytes before the halves
 // Words of the head: launches; what was used of each half; by product, times that all
-// blocks have stored what they hand on to the next. Each product has a count of its
-// own: a block without tiles waits for nobody, and would be counted twice where
-// another is not yet.
+// blocks have stored what they hand on to the next, of all turns but the last (word
+// 2 n) and of all (2 n + 1): the next product begins with what the first turns made.
+// Each has a count of its own: a block without tiles waits for nobody, and would be
+// counted twice where another is not yet.
 constexpr uint32_t RELAY_LAUNCHES = 0, RELAY_USED = 1, RELAY_STORED = 16;
 
 // ---- Words ----
@@ -90,37 +91,44 @@ __device__ __forceinline__ void relay_come(const LinearChain &c, uint32_t word) 
     asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(c.relay + word), "r"(step) : "memory");
 }
 
-// By one thread, after a barrier of its block: it has stored what product n hands on.
-__device__ __forceinline__ void relay_stored(const LinearChain &c, uint32_t n) {
+// By one thread, after a barrier of its block: it has stored what is counted there.
+__device__ __forceinline__ void relay_stored(const LinearChain &c, uint32_t count) {
     if (c.fenced) {
-        asm volatile("fence.proxy.async.global;\n\tfence.acq_rel.gpu;" ::: "memory");
+        asm volatile("fence.acq_rel.gpu;" ::: "memory");
     }
-    relay_come(c, RELAY_STORED + n);
+    relay_come(c, RELAY_STORED + count);
 }
 
-// The products' counts as a launch finds them.
+// The counts as a launch finds them.
 struct RelayStart {
-    uint32_t stored[MAX_PRODUCTS - 1];
+    uint32_t stored[2 * (MAX_PRODUCTS - 1)];
 
     __device__ __forceinline__ explicit RelayStart(const LinearChain &c) {
 #pragma unroll
-        for (uint32_t n = 0; n < MAX_PRODUCTS - 1; n++) {
-            stored[n] = relay_count(c, RELAY_STORED + n);
+        for (uint32_t i = 0; i < 2 * (MAX_PRODUCTS - 1); i++) {
+            stored[i] = relay_count(c, RELAY_STORED + i);
         }
     }
 
-    __device__ __forceinline__ uint32_t of(uint32_t n) const {
-        return n == 0 ? stored[0] : n == 1 ? stored[1] : stored[2];
+    __device__ __forceinline__ uint32_t of(uint32_t count) const {
+        uint32_t found = 0;
+#pragma unroll
+        for (uint32_t i = 0; i < 2 * (MAX_PRODUCTS - 1); i++) {
+            found = i == count ? stored[i] : found;
+        }
+        return found;
     }
 };
 
-// Until all have stored what product n hands on; behind a fence, it is there for the
-// copy engine.
-__device__ __forceinline__ void relay_wait(const LinearChain &c, const RelayStart &start, uint32_t n) {
-    while (relay_count(c, RELAY_STORED + n) == start.of(n)) {
-    }
+// Until all have stored what is counted there; behind a fence, it is there for the copy
+// engine.
+__device__ __forceinline__ void relay_wait(const LinearChain &c, const RelayStart &start, uint32_t count) {
+    uint32_t now;
+    do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(c.relay + RELAY_STORED + count) : "memory");
+    } while (now >> 16 == start.of(count));
     if (c.fenced) {
-        asm volatile("fence.acq_rel.gpu;\n\tfence.proxy.async.global;" ::: "memory");
+        asm volatile("fence.proxy.async.global;" ::: "memory");
     }
 }
 
@@ -147,26 +155,6 @@ __device__ __forceinline__ void relay_clear(const LinearArgs &a, uint32_t turn, 
         }
         a.chain.relay[RELAY_USED + turn] = bytes;
     }
-}
-
-// ---- Rows of a stage ----
-
-// Whether a stage's rows in use, as the copy engine brought them to shared memory,
-// are all there; by a warp.
-template <uint32_t M>
-__device__ __forceinline__ bool rows_are_there(const Linear &p, uint32_t rows_at, uint32_t rows, uint32_t lane) {
-    uint32_t most = 0; // ABSENT is the most that there is
-    for (uint32_t place = 0; place < p.depth; place++) {
-        const uint32_t at = rows_at + place * M * DEPTH * 2;
-#pragma unroll
-        for (uint32_t i = 0; i < M / 4; i++) { // 4 rows at once
-            if (i * 4 + lane / 8 < rows) {
-                const uint4 v = shared_load_4(at + (i * 32 + lane) * 16);
-                most = max(max(most, max(v.x, v.y)), max(v.z, v.w));
-            }
-        }
-    }
-    return !__any_sync(~0u, most == ABSENT);
 }
 
 } // namespace distkv

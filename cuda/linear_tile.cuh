@@ -19,7 +19,7 @@ struct Place {
     uint32_t full;    // barriers: a stage's weights are there
     uint32_t fed;     // barriers: its rows of x are
     uint32_t empty;   // barriers: a stage was read
-    uint32_t landed;  // barriers: its rows of x were brought, and may be there
+    uint32_t again;   // barrier: rows of x that were not there have been brought again
     uint32_t summed;  // barrier: what the other block of the cluster had for this one is there
     uint32_t taken;   // two barriers in turn: the other block has read what this one sent
     uint32_t scales;  // [M] f32
@@ -36,6 +36,7 @@ struct Share {
     uint32_t tiles;      // of the matrix
     uint32_t first;      // tile,
     uint32_t step;       // and from one to the next
+    uint32_t turns;      // tiles of the block with most
     uint32_t begin, end; // places of `in`, whole stages but for the last of the matrix
 
     __device__ __forceinline__ Share(const Linear &p, const Place &at) {
@@ -46,8 +47,14 @@ struct Share {
         tiles = (units + p.tile_units - 1) / p.tile_units;
         first = blockIdx.x / together;
         step = gridDim.x / together;
+        turns = (tiles + step - 1) / step;
         begin = stages * rank / together * p.depth;
         end = min(stages * (rank + 1) / together * p.depth, places);
+    }
+
+    // Outputs of all turns but the last.
+    __device__ __forceinline__ uint32_t early(const Linear &p) const {
+        return (turns - 1) * step * p.tile_units * (p.end == SWIGLU ? UNIT / 2 : UNIT);
     }
 };
 

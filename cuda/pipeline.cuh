@@ -33,16 +33,6 @@ __device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t 
                  : "memory");
 }
 
-// Whether the phase of this parity is over.
-__device__ __forceinline__ bool barrier_is_over(uint32_t barrier, uint32_t parity) {
-    uint32_t over;
-    asm volatile("{\n\t.reg .pred over;\n\t"
-                 "mbarrier.test_wait.parity.shared::cta.b64 over, [%1], %2;\n\t"
-                 "selp.u32 %0, 1, 0, over;\n\t}" : "=r"(over) : "r"(barrier), "r"(parity)
-                 : "memory");
-    return over != 0;
-}
-
 // Barrier 2, for what one warp makes and others wait for, threads of both counted.
 __device__ __forceinline__ void made_arrive(uint32_t threads) {
     asm volatile("bar.arrive 2, %0;" ::"r"(threads) : "memory");

@@ -241,7 +241,7 @@ impl Case {
         for row in 0..rows {
             // What the kernel is for: with more rows fewer blocks share one.
             let most = match rows {
-                1 => 500,
+                1 => 1000,
                 20 if kv_heads > 2 => 120,
                 _ => 250,
             };

@@ -17,9 +17,9 @@ use crate::kv::rblock::KvShape;
 const HEAD_DIMS: [usize; 2] = [64, 128];
 /// Most query heads a KV head.
 const MAX_GROUP: usize = 8;
-/// Positions that a block attends to, most, of one row and of several: with more the
-/// other kernels are faster (the kernel itself takes 128).
-const TOKENS: [usize; 2] = [64, 32];
+/// Positions that a block attends to, most, of one row (all that the kernel takes) and
+/// of several: with more the other kernels are faster.
+const TOKENS: [usize; 2] = [128, 32];
 /// Blocks that share a row and KV head, most.
 const SHARERS: usize = 8;
 /// Blocks a multiprocessor of which a launch consists, most: with more, the other
