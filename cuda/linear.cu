@@ -45,12 +45,6 @@ __device__ __forceinline__ uint32_t rows_of(const LinearArgs &a, uint32_t n) {
 
 // ---- The thread that brings weights ----
 
-__device__ __forceinline__ uint32_t nanoseconds() {
-    uint32_t now;
-    asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(now));
-    return now;
-}
-
 // A stage is one box: what lies outside of the matrix is zeros, and counts. If all
 // were asked for as there is room, blocks in crowded parts of the chip would be
 // served less than others, and everybody waits for the last; and whatever else
@@ -169,13 +163,13 @@ __device__ __forceinline__ void find_scales(const LinearArgs &a, const Place &at
 #pragma unroll
                 for (uint32_t r = 0; r < AT_ONCE; r++) {
                     if (row + r < rows) {
-                        two[r] = relay_load_2(squares + (row + r) * parts + base);
+                        two[r] = load_words(squares + (row + r) * parts + base);
                     }
                 }
 #pragma unroll
                 for (uint32_t r = 0; r < AT_ONCE; r++) {
                     while (handed && is_absent(two[r])) {
-                        two[r] = relay_load_2(squares + (row + r) * parts + base);
+                        two[r] = load_words(squares + (row + r) * parts + base);
                     }
                     sum[r] += two[r].x + two[r].y;
                 }
@@ -363,8 +357,15 @@ __device__ __forceinline__ void consume(const LinearArgs &a, const Place &at, ui
             const uint32_t unit = tile * p.tile_units;
             const uint32_t feature = feature_of(p, unit, mine.quad);
             const Added asked(p, mine.row, feature, mine.row < rows && is_output(p, share, mine.quad, feature));
-            if (shared && thread == 0) { // what the other block will send
-                barrier_arrive_expect(at.summed, (rows + 1 - at.rank) / 2 * p.tile_units * UNIT * 4 * (p.depth > 1 ? 2 : 1));
+            // What the other block will send. With one row that is nothing, and who waits for it
+            // must have done so before it is said of the next tile.
+            const auto expect_sums = [&] {
+                if (shared && thread == 0) {
+                    barrier_arrive_expect(at.summed, (rows + 1 - at.rank) / 2 * p.tile_units * UNIT * 4 * (p.depth > 1 ? 2 : 1));
+                }
+            };
+            if (tile == share.first) {
+                expect_sums();
             }
             float sums[2][M / 2] = {};
             if (p.depth == 8) {
@@ -378,6 +379,7 @@ __device__ __forceinline__ void consume(const LinearArgs &a, const Place &at, ui
             }
             if (tile != share.first) {
                 sync_threads(CONSUMERS * 32); // nobody reads the sums of the tile before any more
+                expect_sums();
                 if (shared) {
                     give(at, thread, gives);
                 }
@@ -435,8 +437,8 @@ __device__ __forceinline__ void linear(const LinearArgs &a) {
     at.ring = base + HEAD;
     at.stage = a.chain.stage;
     at.sums = at.ring + a.chain.stages * at.stage;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(at.rank));
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(at.blocks));
+    at.rank = block_of_cluster();
+    at.blocks = blocks_of_cluster();
 
     if (warp == CONSUMERS + 1 && threadIdx.x % 32 < a.chain.count) {
         prefetch_map(&a.weights[threadIdx.x % 32]);

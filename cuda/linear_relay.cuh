@@ -19,6 +19,7 @@
 #include "linear.cuh"
 #include "linear_tile.cuh"
 #include "pipeline.cuh"
+#include "words.cuh"
 
 namespace distkv {
 
@@ -36,21 +37,6 @@ constexpr uint32_t RELAY_LAUNCHES = 0, RELAY_USED = 1, RELAY_STORED = 16;
 
 // ---- Words ----
 
-__device__ __forceinline__ float2 relay_load_2(const float *from) {
-    float2 v;
-    asm volatile("ld.relaxed.gpu.global.v2.b32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(from) : "memory");
-    return v;
-}
-
-__device__ __forceinline__ uint4 shared_load_4(uint32_t from) {
-    uint4 v;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(from)
-                 : "memory");
-    return v;
-}
-
 __device__ __forceinline__ bool is_absent(float2 v) {
     return __float_as_uint(v.x) == ABSENT || __float_as_uint(v.y) == ABSENT;
 }
@@ -59,12 +45,11 @@ __device__ __forceinline__ bool is_absent(float2 v) {
 __device__ __forceinline__ void relay_store(void *to, uint2 v) {
     v.x = v.x == ABSENT ? NAN_16 : v.x;
     v.y = v.y == ABSENT ? NAN_16 : v.y;
-    asm volatile("st.relaxed.gpu.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");
+    store_words(to, v);
 }
 
 __device__ __forceinline__ void relay_store(float *to, float x) {
-    const uint32_t v = __float_as_uint(x) == ABSENT ? NAN_32 : __float_as_uint(x);
-    asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+    store_word(to, __float_as_uint(x) == ABSENT ? NAN_32 : __float_as_uint(x));
 }
 
 // ---- Halves ----
@@ -80,21 +65,18 @@ __device__ __forceinline__ uint32_t relay_bytes(const Linear &p) {
 // reset. A count, and no parity: who is held up while all others go on still finds
 // that his turn is over.
 __device__ __forceinline__ uint32_t relay_count(const LinearChain &c, uint32_t word) {
-    uint32_t now;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(c.relay + word) : "memory");
-    return now >> 16;
+    return load_word(c.relay + word) >> 16;
 }
 
 // By one thread of a block.
 __device__ __forceinline__ void relay_come(const LinearChain &c, uint32_t word) {
-    const uint32_t step = blockIdx.x == 0 ? 0x10000u - (gridDim.x - 1) : 1;
-    asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(c.relay + word), "r"(step) : "memory");
+    add_to_word(c.relay + word, blockIdx.x == 0 ? 0x10000u - (gridDim.x - 1) : 1);
 }
 
 // By one thread, after a barrier of its block: it has stored what is counted there.
 __device__ __forceinline__ void relay_stored(const LinearChain &c, uint32_t count) {
     if (c.fenced) {
-        asm volatile("fence.acq_rel.gpu;" ::: "memory");
+        fence_stores();
     }
     relay_come(c, RELAY_STORED + count);
 }
@@ -123,12 +105,10 @@ struct RelayStart {
 // Until all have stored what is counted there; behind a fence, it is there for the copy
 // engine.
 __device__ __forceinline__ void relay_wait(const LinearChain &c, const RelayStart &start, uint32_t count) {
-    uint32_t now;
-    do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(c.relay + RELAY_STORED + count) : "memory");
-    } while (now >> 16 == start.of(count));
+    while (acquire_word(c.relay + RELAY_STORED + count) >> 16 == start.of(count)) {
+    }
     if (c.fenced) {
-        asm volatile("fence.proxy.async.global;" ::: "memory");
+        fence_copies();
     }
 }
 

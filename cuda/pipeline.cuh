@@ -77,6 +77,15 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+__device__ __forceinline__ uint4 shared_load_4(uint32_t from) {
+    uint4 v;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(from)
+                 : "memory");
+    return v;
+}
+
 // ---- Matrix instructions ----
 
 // What the matrix unit is told of a matrix in shared memory: rows of 64 16-bit
@@ -173,7 +182,25 @@ __device__ __forceinline__ void multiply(float (&d)[32], uint64_t a, uint64_t b)
 #undef DISTKV_WGMMA
 }
 
+__device__ __forceinline__ uint32_t nanoseconds() {
+    uint32_t now;
+    asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(now));
+    return now;
+}
+
 // ---- Clusters ----
+
+__device__ __forceinline__ uint32_t block_of_cluster() {
+    uint32_t rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ __forceinline__ uint32_t blocks_of_cluster() {
+    uint32_t blocks;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+    return blocks;
+}
 
 // The place in the shared memory of block `rank` that is `at` in this block's.
 __device__ __forceinline__ uint32_t peer_address(uint32_t at, uint32_t rank) {

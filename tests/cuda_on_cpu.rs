@@ -1,12 +1,9 @@
-//! A kernel of the GPU with its threads run by the CPU, addresses and alignments
-//! checked (`cuda_on_cpu.cpp`).
+//! Kernels of the GPU with their threads run by the CPU (`cuda_on_cpu/`): one by threads,
+//! addresses and alignments checked, one by fibers in an order drawn from a seed.
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-
-/// Cases, more with `DISTKV_CASES`: a few seconds each on two cores.
-const CASES: &str = "10";
 
 /// What stands between two marks, which are left.
 fn between<'a>(text: &'a str, from: &str, to: &str) -> &'a str {
@@ -37,10 +34,37 @@ fn kernel(source: &str) -> String {
     text[..text.find("#define SHORT(").expect("entry points")].to_owned()
 }
 
+/// Compiles a program of `cuda_on_cpu/` beside what is in the folder, and runs so many
+/// cases, others with `DISTKV_CASES`.
+fn holds(name: &str, folder: &Path, options: &[&str], cases: &str) {
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cuda_on_cpu");
+    let program = folder.join(name);
+    let compiled = Command::new(std::env::var("CXX").unwrap_or_else(|_| "c++".into()))
+        .args(["-std=c++17", "-O1", "-g", "-w", "-Wno-psabi", "-fno-sanitize-recover=all", "-pthread"])
+        .args(options)
+        .arg("-I")
+        .arg(folder)
+        .arg("-I")
+        .arg(&sources)
+        .arg(sources.join(name).with_extension("cpp"))
+        .arg("-o")
+        .arg(&program)
+        .output()
+        .unwrap();
+    assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+    let cases = std::env::var("DISTKV_CASES").unwrap_or_else(|_| cases.into());
+    let ran = Command::new(&program).arg(cases).output().unwrap();
+    let said = String::from_utf8_lossy(&ran.stdout);
+    print!("{said}");
+    assert!(ran.status.success(), "{said}{}", String::from_utf8_lossy(&ran.stderr));
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
+}
+
 #[test]
 fn attention_to_short_contexts_is_attention() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let read = |path: &str| fs::read_to_string(root.join(path)).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let header = read("cuda/api.h");
     let structs: String = ["Step", "Slot", "Seq", "Page", "DecodeShort"]
@@ -48,28 +72,19 @@ fn attention_to_short_contexts_is_attention() {
         .concat();
     fs::write(folder.path().join("structs.inc"), format!("namespace distkv {{\n{structs}}}\n")).unwrap();
     fs::write(folder.path().join("kernel.inc"), kernel(&read("cuda/decode_short.cu"))).unwrap();
-    let program = folder.path().join("cuda_on_cpu");
-    let compiled = Command::new(std::env::var("CXX").unwrap_or_else(|_| "c++".into()))
-        .args([
-            "-std=c++17",
-            "-O1",
-            "-g",
-            "-w",
-            "-fsanitize=address,undefined",
-            "-fno-sanitize-recover=all",
-            "-pthread",
-        ])
-        .arg("-I")
-        .arg(folder.path())
-        .arg(root.join("tests/cuda_on_cpu.cpp"))
-        .arg("-o")
-        .arg(&program)
-        .output()
-        .unwrap();
-    assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
-    let cases = std::env::var("DISTKV_CASES").unwrap_or_else(|_| CASES.into());
-    let ran = Command::new(&program).arg(cases).output().unwrap();
-    let said = String::from_utf8_lossy(&ran.stdout);
-    print!("{said}");
-    assert!(ran.status.success(), "{said}{}", String::from_utf8_lossy(&ran.stderr));
+    holds("short", folder.path(), &["-fsanitize=address,undefined"], "10");
+}
+
+/// As they are but for the headers that say how a GPU is told, in whose place `gpu.h`
+/// stands.
+#[test]
+fn linear_layers_wait_for_what_they_read() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["linear.cu", "linear.cuh", "linear_tile.cuh", "linear_finish.cuh", "linear_relay.cuh", "api.h"] {
+        fs::write(folder.path().join(name), read(&format!("cuda/{name}"))).unwrap();
+    }
+    for name in ["barrier.cuh", "pipeline.cuh", "words.cuh", "rows.cuh", "cuda.h", "cuda_runtime.h"] {
+        fs::write(folder.path().join(name), "#include \"gpu.h\"\n").unwrap();
+    }
+    holds("linear", folder.path(), &["-O2", "-fsanitize=undefined", "-include", "gpu.h"], "80");
 }

@@ -1,0 +1,537 @@
+// A GPU whose threads are fibers of one thread of the CPU: what cuda/linear.cu and its
+// headers take from the language, and from barrier.cuh, pipeline.cuh, words.cuh and
+// rows.cuh, in whose place this stands.
+//
+// Which thread goes on is drawn from a seed, blocks and warps of a sudden faster or
+// slower than others; copies, sums sent to another block and words stored without a
+// fence happen at a moment that is drawn, whatever came before. What waits for ever
+// ends the program. The same seed gives the same run.
+#pragma once
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+// ---- The language ----
+
+#define __device__
+#define __forceinline__ inline
+#define __global__
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __shared__
+#define __align__(n)
+using std::max;
+using std::min;
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+struct __nv_bfloat16 {
+    uint16_t bits;
+};
+struct __half {
+    _Float16 value;
+};
+struct Index {
+    uint32_t x;
+};
+static Index threadIdx, blockIdx, gridDim;
+
+// A matrix in the device's memory and a box of it, as the copy engine knows them; the
+// first stride is an element's.
+struct alignas(128) CUtensorMap {
+    const uint8_t *base;
+    uint64_t strides[5]; // bytes
+    uint32_t dims[5], box[5];
+    uint32_t rank, reserved;
+    uint64_t unused[4];
+};
+static_assert(sizeof(CUtensorMap) == 128, "as on a GPU");
+
+// ---- Fibers ----
+
+namespace gpu {
+
+constexpr uint32_t SHARED_BASE = 1024, SHARED_BYTES = 232448, BLOCK_SHIFT = 20, CLUSTER = 2, BARRIERS = 128;
+constexpr size_t STACK = 48 << 10;
+constexpr uint64_t MOST_STEPS = 40'000'000;
+
+using Waiting = std::vector<uint32_t>; // fibers
+
+struct Fiber {
+    ucontext_t begin;
+    jmp_buf at; // since it began: unlike a context, nothing is asked of the system
+    bool began;
+    std::unique_ptr<char[]> stack;
+    uint32_t block, thread;
+    uint32_t left; // the cluster's phase in which it arrived
+    std::vector<std::function<void()>> multiplications;
+};
+
+// A barrier in shared memory.
+struct Barrier {
+    uint32_t count = 0, pending = 0, phase = 0;
+    int64_t bytes = 0;
+    Waiting waiting;
+};
+
+// One of a block, of a warp or of a cluster.
+struct Meeting {
+    uint32_t come = 0, phase = 0;
+    bool any = false, result = false;
+    Waiting waiting;
+};
+
+struct Block {
+    std::vector<uint8_t> shared;
+    Barrier barriers[BARRIERS];
+    Meeting named[16];
+    std::vector<Meeting> warps;
+    std::vector<uint64_t> lanes;
+    Waiting ready;
+    uint32_t speed = 1, slow = 0; // beside other blocks; the warp that is slow
+};
+
+static std::mt19937_64 source;
+static std::vector<Fiber> fibers;
+static std::vector<Block> blocks;
+static std::vector<Meeting> clusters;
+using Events = std::vector<std::function<void()>>;
+static Events pending, stores; // what happens by itself; and words that are on their way
+static uint32_t late;          // one step of so many, a word arrives
+static jmp_buf scheduler;
+static uint32_t here, clock_now;
+static std::function<void()> kernel;
+
+static uint32_t draw(uint32_t below) { return source() % below; }
+
+[[noreturn]] static void fail(const char *why) {
+    printf("%s\n", why);
+    fflush(stdout);
+    _Exit(1);
+}
+
+static Fiber &me() { return fibers[here]; }
+static Block &my_block() { return blocks[me().block]; }
+
+static void switch_away() {
+    if (_setjmp(me().at) == 0)
+        _longjmp(scheduler, 1);
+}
+static void yield() {
+    my_block().ready.push_back(here);
+    switch_away();
+}
+static void wake(Waiting &waiting) {
+    for (uint32_t fiber : waiting)
+        blocks[fibers[fiber].block].ready.push_back(fiber);
+    waiting.clear();
+}
+static void wait(Waiting &waiting) {
+    waiting.push_back(here);
+    switch_away();
+}
+
+static void run_fiber() {
+    kernel();
+    _longjmp(scheduler, 1);
+}
+
+// Until it waits, or lets others go on.
+static void __attribute__((noinline)) go_on(Fiber &fiber) {
+    if (_setjmp(scheduler) != 0)
+        return;
+    if (fiber.began)
+        _longjmp(fiber.at, 1);
+    fiber.began = true;
+    setcontext(&fiber.begin);
+}
+
+static void happen(Events &events) {
+    std::swap(events[draw(events.size())], events.back());
+    const auto what = std::move(events.back());
+    events.pop_back();
+    what();
+}
+
+// Runs a kernel to its end: so many blocks of so many threads.
+static void launch(uint64_t seed, uint32_t count, uint32_t threads, std::function<void()> what) {
+    source.seed(seed);
+    late = 8u << 3 * draw(3);
+    kernel = std::move(what);
+    gridDim.x = count;
+    blocks.assign(count, {});
+    clusters.assign(count / CLUSTER, {});
+    fibers.resize(count * threads);
+    for (Block &block : blocks) {
+        block.shared.assign(SHARED_BASE + SHARED_BYTES, 0xff);
+        block.warps.resize(threads / 32), block.lanes.resize(threads);
+    }
+    for (uint32_t i = 0; i < fibers.size(); i++) {
+        Fiber &fiber = fibers[i];
+        if (!fiber.stack)
+            fiber.stack.reset(new char[STACK]);
+        fiber.block = i / threads, fiber.thread = i % threads;
+        fiber.began = false;
+        getcontext(&fiber.begin);
+        fiber.begin.uc_stack.ss_sp = fiber.stack.get(), fiber.begin.uc_stack.ss_size = STACK;
+        fiber.begin.uc_link = nullptr;
+        makecontext(&fiber.begin, run_fiber, 0);
+        blocks[fiber.block].ready.push_back(i);
+    }
+    for (uint64_t step = 0;; step++) {
+        if (step == MOST_STEPS)
+            fail("it does not end");
+        if (step % 4096 == 0)
+            for (Block &block : blocks)
+                block.speed = 1u << 2 * draw(5), block.slow = draw(threads / 32);
+        uint32_t all = 0;
+        for (Block &block : blocks)
+            all += block.ready.empty() ? 0 : block.speed;
+        if (!pending.empty() && (all == 0 || draw(8) == 0)) {
+            happen(pending);
+            continue;
+        }
+        if (!stores.empty() && (all == 0 || draw(late) == 0)) {
+            happen(stores);
+            continue;
+        }
+        if (all == 0)
+            break;
+        uint32_t at = draw(all), b = 0;
+        for (;; b++) {
+            const uint32_t speed = blocks[b].ready.empty() ? 0 : blocks[b].speed;
+            if (at < speed)
+                break;
+            at -= speed;
+        }
+        Waiting &ready = blocks[b].ready;
+        for (uint32_t again = 0; again < 8; again++) {
+            std::swap(ready[draw(ready.size())], ready.back());
+            if (fibers[ready.back()].thread / 32 != blocks[b].slow)
+                break;
+        }
+        here = ready.back();
+        ready.pop_back();
+        threadIdx.x = me().thread, blockIdx.x = me().block;
+        go_on(me());
+    }
+    // Whoever has not come to his end waits somewhere.
+    auto waits = [](const Waiting &waiting) { return !waiting.empty(); };
+    for (const Block &block : blocks) {
+        bool held = false;
+        for (const Barrier &barrier : block.barriers)
+            held |= waits(barrier.waiting);
+        for (const Meeting &meeting : block.named)
+            held |= waits(meeting.waiting);
+        for (const Meeting &meeting : block.warps)
+            held |= waits(meeting.waiting);
+        if (held)
+            fail("a block waits for ever");
+    }
+    for (const Meeting &meeting : clusters)
+        if (waits(meeting.waiting))
+            fail("a cluster waits for ever");
+}
+
+// Comes to a meeting of `count`; whether it is complete with that.
+static bool come(Meeting &meeting, uint32_t count, bool any = false) {
+    meeting.any |= any;
+    if (++meeting.come < count)
+        return false;
+    if (meeting.come > count)
+        fail("more threads came to a barrier than it has");
+    meeting.come = 0, meeting.phase++, meeting.result = meeting.any, meeting.any = false;
+    wake(meeting.waiting);
+    return true;
+}
+
+static void meet(Meeting &meeting, uint32_t count, bool any = false) {
+    if (!come(meeting, count, any))
+        wait(meeting.waiting);
+}
+
+static Meeting &my_warp() { return my_block().warps[threadIdx.x / 32]; }
+
+// What another lane of the warp has.
+static uint64_t exchange(uint64_t mine, uint32_t lane) {
+    const uint32_t first = threadIdx.x / 32 * 32;
+    my_block().lanes[threadIdx.x] = mine;
+    meet(my_warp(), 32);
+    const uint64_t other = my_block().lanes[first + lane % 32];
+    meet(my_warp(), 32);
+    return other;
+}
+
+// ---- Shared memory ----
+
+static uint32_t block_at(uint32_t at) { return at >> BLOCK_SHIFT ? (at >> BLOCK_SHIFT) - 1 : me().block; }
+static uint32_t offset_at(uint32_t at) { return at & ((1u << BLOCK_SHIFT) - 1); }
+static uint8_t *memory(uint32_t block, uint32_t offset, uint32_t bytes) {
+    if (offset < SHARED_BASE || offset + bytes > SHARED_BASE + SHARED_BYTES || offset % min(bytes, 16u) != 0)
+        fail("an access beyond shared memory, or not aligned");
+    return blocks[block].shared.data() + offset;
+}
+
+static Barrier &barrier(uint32_t block, uint32_t offset) {
+    if (offset % 8 != 0 || (offset - SHARED_BASE) / 8 >= BARRIERS)
+        fail("no place for a barrier");
+    return blocks[block].barriers[(offset - SHARED_BASE) / 8];
+}
+
+static void settle(Barrier &barrier) {
+    if (barrier.pending == 0 && barrier.bytes == 0) {
+        barrier.pending = barrier.count, barrier.phase++;
+        wake(barrier.waiting);
+    }
+}
+
+static void arrive(Barrier &barrier) {
+    if (barrier.pending == 0)
+        fail("more arrivals at a barrier than it was made for");
+    barrier.pending--;
+    settle(barrier);
+}
+
+static void land(Barrier &barrier, uint32_t bytes) {
+    barrier.bytes -= bytes;
+    settle(barrier);
+}
+
+// Where the copy engine puts what lies at `at` of a matrix, and the matrix unit looks
+// for it: 16 bytes of a row of 128 change places by the row.
+static uint32_t swizzled(uint32_t at) { return at ^ (at >> 7 & 7) << 4; }
+
+// A box, 16-bit elements, zeros outside of the tensor.
+static void copy(uint32_t block, uint32_t to, const CUtensorMap &map, const std::vector<uint32_t> &first, uint32_t landing) {
+    pending.push_back([=, &map] {
+        uint32_t elements = 1;
+        for (uint32_t d = 0; d < map.rank; d++)
+            elements *= map.box[d];
+        for (uint32_t i = 0; i < elements; i++) {
+            const uint8_t *from = map.base;
+            bool inside = true;
+            for (uint32_t d = 0, left = i; d < map.rank; left /= map.box[d], d++) {
+                const uint32_t place = first[d] + left % map.box[d];
+                inside &= place < map.dims[d];
+                from += place * map.strides[d];
+            }
+            uint16_t bits = 0;
+            if (inside)
+                memcpy(&bits, from, 2);
+            memcpy(memory(block, swizzled(to + i * 2), 2), &bits, 2);
+        }
+        land(barrier(block, landing), elements * 2);
+    });
+}
+
+} // namespace gpu
+
+static void __syncthreads() { gpu::meet(gpu::my_block().named[0], gpu::my_block().lanes.size()); }
+static void __syncwarp() { gpu::meet(gpu::my_warp(), 32); }
+static uint32_t __shfl_sync(uint32_t, uint32_t x, uint32_t lane) { return gpu::exchange(x, lane); }
+static uint32_t __float_as_uint(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+static float __shfl_xor_sync(uint32_t, float x, uint32_t mask) {
+    const uint32_t other = gpu::exchange(__float_as_uint(x), threadIdx.x % 32 ^ mask);
+    memcpy(&x, &other, 4);
+    return x;
+}
+static void *__cvta_shared_to_generic(uint32_t at) { return gpu::memory(gpu::block_at(at), gpu::offset_at(at), 4); }
+static float __fdividef(float a, float b) { return a / b; }
+#define __expf expf
+static float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+
+namespace distkv {
+
+static uint8_t shared[1]; // what a kernel calls its memory
+
+// ---- rows.cuh ----
+
+static float to_float(__nv_bfloat16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float wide;
+    memcpy(&wide, &bits, 4);
+    return wide;
+}
+static float to_float(__half x) { return float(x.value); }
+template <class T> T from_float(float x);
+template <> __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+    uint32_t bits = __float_as_uint(x);
+    bits += 0x7fff + (bits >> 16 & 1);
+    return {uint16_t(x != x ? 0x7fff : bits >> 16)};
+}
+template <> __half from_float<__half>(float x) { return {_Float16(x)}; }
+template <> float from_float<float>(float x) { return x; }
+template <class T, uint32_t N> struct alignas(sizeof(T) * N) Run {
+    T item[N];
+};
+template <uint32_t N, class T> void store(T *to, const float (&from)[N]) {
+    for (uint32_t i = 0; i < N; i++)
+        to[i] = from_float<T>(from[i]);
+}
+static float lanes_sum(float x, uint32_t lanes = 32) {
+    for (uint32_t step = lanes / 2; step > 0; step /= 2)
+        x += __shfl_xor_sync(~0u, x, step);
+    return x;
+}
+
+// ---- words.cuh ----
+
+static uint32_t load_word(const uint32_t *from) {
+    gpu::yield();
+    return *from;
+}
+static uint32_t acquire_word(const uint32_t *from) { return load_word(from); }
+static float2 load_words(const float *from) {
+    gpu::yield();
+    return {from[0], from[1]};
+}
+static void store_word(void *to, uint32_t v) {
+    gpu::stores.push_back([=] { memcpy(to, &v, 4); });
+}
+static void store_words(void *to, uint2 v) {
+    store_word(to, v.x);
+    store_word(static_cast<uint32_t *>(to) + 1, v.y);
+}
+static void add_to_word(uint32_t *to, uint32_t v) {
+    *to += v;
+    gpu::yield();
+}
+static void fence_stores() { gpu::yield(); } // other stores are at once seen here
+static void fence_copies() {}
+
+// ---- barrier.cuh ----
+
+static uint32_t shared_address(const void *) { return gpu::SHARED_BASE; }
+static void wait_for_previous() { gpu::yield(); }
+static void launch_next() {}
+static gpu::Barrier &barrier_at(uint32_t at) { return gpu::barrier(gpu::block_at(at), gpu::offset_at(at)); }
+static void barrier_init(uint32_t at, uint32_t arrivals) { barrier_at(at).count = barrier_at(at).pending = arrivals; }
+static void barrier_init_done() {}
+static void barrier_arrive(uint32_t at) { gpu::arrive(barrier_at(at)); }
+static void barrier_arrive_expect(uint32_t at, uint32_t bytes) {
+    barrier_at(at).bytes += bytes;
+    gpu::arrive(barrier_at(at));
+}
+static void barrier_wait(uint32_t at, uint32_t parity) {
+    gpu::yield();
+    while (barrier_at(at).phase % 2 == parity)
+        gpu::wait(barrier_at(at).waiting);
+}
+static void sync_threads(uint32_t threads) { gpu::meet(gpu::my_block().named[1], threads); }
+static bool any_of_threads(uint32_t threads, bool so) {
+    gpu::meet(gpu::my_block().named[1], threads, so);
+    return gpu::my_block().named[1].result;
+}
+
+// ---- pipeline.cuh ----
+
+static void barrier_arrive_at(uint32_t at, uint32_t rank) {
+    gpu::arrive(gpu::barrier(gpu::me().block / gpu::CLUSTER * gpu::CLUSTER + rank, at));
+}
+static void barrier_wait_cluster(uint32_t at, uint32_t parity) { barrier_wait(at, parity); }
+static void made_arrive(uint32_t threads) { gpu::come(gpu::my_block().named[2], threads); }
+static void made_wait(uint32_t threads) { gpu::meet(gpu::my_block().named[2], threads); }
+static void scales_wait(uint32_t threads) { gpu::meet(gpu::my_block().named[3], threads); }
+static void copy_box(uint32_t to, const CUtensorMap *map, uint32_t b, uint32_t c, uint32_t barrier) {
+    gpu::copy(gpu::me().block, to, *map, {0, b, c}, barrier);
+}
+static void copy_box_kept(uint32_t to, const CUtensorMap *map, uint32_t b, uint32_t c, uint32_t barrier) {
+    copy_box(to, map, b, c, barrier);
+}
+static void copy_box_5(uint32_t to, const CUtensorMap *map, uint32_t d, uint32_t e, uint32_t barrier) {
+    gpu::copy(gpu::me().block, to, *map, {0, 0, 0, d, e}, barrier);
+}
+static void prefetch_map(const CUtensorMap *) {}
+static uint4 shared_load_4(uint32_t from) {
+    uint4 v;
+    memcpy(&v, gpu::memory(gpu::me().block, from, 16), 16);
+    return v;
+}
+static uint64_t matrix_at(uint32_t address) { return address >> 4; }
+static void multiply_fence() {}
+static void multiply_commit() {}
+template <uint32_t N> void multiply_wait() {
+    static_assert(N == 0, "all of them");
+    __syncwarp(); // a warp waits as one
+    for (auto &multiplication : gpu::me().multiplications)
+        multiplication();
+    gpu::me().multiplications.clear();
+    __syncwarp();
+}
+// Happens when it is waited for: what was given back before shows.
+template <class T, uint32_t N> void multiply(float (&d)[N], uint64_t a, uint64_t b) {
+    const uint32_t block = gpu::me().block, lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    const auto element = [block](uint64_t matrix, uint32_t row, uint32_t k) {
+        const uint32_t at = uint32_t(matrix << 4) + row / 8 * 1024 + row % 8 * 128 + k * 2;
+        T x;
+        memcpy(&x, gpu::memory(block, gpu::swizzled(at), 2), 2);
+        return to_float(x);
+    };
+    float *to = d;
+    gpu::me().multiplications.push_back([=] {
+        for (uint32_t i = 0; i < N; i++) {
+            const uint32_t feature = 16 * warp + lane / 4 + 8 * (i % 4 / 2), row = i / 4 * 8 + 2 * (lane % 4) + i % 2;
+            float sum = 0.0f;
+            for (uint32_t k = 0; k < 16; k++)
+                sum += element(a, feature, k) * element(b, row, k);
+            to[i] += sum;
+        }
+    });
+}
+static uint32_t nanoseconds() {
+    gpu::yield();
+    return gpu::clock_now += 1000;
+}
+static uint32_t block_of_cluster() { return gpu::me().block % gpu::CLUSTER; }
+static uint32_t blocks_of_cluster() { return gpu::CLUSTER; }
+static uint32_t peer_address(uint32_t at, uint32_t rank) {
+    return (gpu::me().block / gpu::CLUSTER * gpu::CLUSTER + rank + 1) << gpu::BLOCK_SHIFT | at;
+}
+static void store_peer_if(bool so, uint32_t peer, float a, float b, uint32_t second, uint32_t peer_barrier) {
+    const float value = second ? b : a;
+    if (so)
+        gpu::pending.push_back([=] {
+            memcpy(gpu::memory(gpu::block_at(peer), gpu::offset_at(peer), 4), &value, 4);
+            gpu::land(barrier_at(peer_barrier), 4);
+        });
+}
+static void store_shared_if(bool so, uint32_t to, float a, float b, uint32_t second) {
+    const float value = second ? b : a;
+    if (so)
+        memcpy(gpu::memory(gpu::me().block, to, 4), &value, 4);
+}
+static gpu::Meeting &my_cluster() { return gpu::clusters[gpu::me().block / gpu::CLUSTER]; }
+static void cluster_arrive() {
+    gpu::me().left = my_cluster().phase;
+    gpu::come(my_cluster(), gpu::CLUSTER * gpu::my_block().lanes.size());
+}
+static void cluster_leave() { cluster_arrive(); }
+static void cluster_wait() {
+    while (my_cluster().phase == gpu::me().left)
+        gpu::wait(my_cluster().waiting);
+}
+
+} // namespace distkv
