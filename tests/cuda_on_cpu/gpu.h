@@ -21,31 +21,17 @@
 #include <random>
 #include <vector>
 
+#include "language.h"
+
 // ---- The language ----
 
-#define __device__
-#define __forceinline__ inline
 #define __global__
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__
 #define __align__(n)
-using std::max;
-using std::min;
-struct alignas(8) float2 {
-    float x, y;
-};
-struct alignas(16) float4 {
-    float x, y, z, w;
-};
-struct alignas(8) uint2 {
-    uint32_t x, y;
-};
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
-};
-struct __nv_bfloat16 {
-    uint16_t bits;
 };
 struct __half {
     _Float16 value;
@@ -118,7 +104,7 @@ using Events = std::vector<std::function<void()>>;
 static Events pending, stores; // what happens by itself; and words that are on their way
 static uint32_t late;          // one step of so many, a word arrives
 static jmp_buf scheduler;
-static uint32_t here, clock_now;
+static uint32_t here, clock_now, ended;
 static std::function<void()> kernel;
 
 static uint32_t draw(uint32_t below) { return source() % below; }
@@ -152,6 +138,7 @@ static void wait(Waiting &waiting) {
 
 static void run_fiber() {
     kernel();
+    ended++;
     _longjmp(scheduler, 1);
 }
 
@@ -177,7 +164,7 @@ static void launch(uint64_t seed, uint32_t count, uint32_t threads, std::functio
     source.seed(seed);
     late = 8u << 3 * draw(3);
     kernel = std::move(what);
-    gridDim.x = count;
+    gridDim.x = count, ended = 0;
     blocks.assign(count, {});
     clusters.assign(count / CLUSTER, {});
     fibers.resize(count * threads);
@@ -234,22 +221,8 @@ static void launch(uint64_t seed, uint32_t count, uint32_t threads, std::functio
         threadIdx.x = me().thread, blockIdx.x = me().block;
         go_on(me());
     }
-    // Whoever has not come to his end waits somewhere.
-    auto waits = [](const Waiting &waiting) { return !waiting.empty(); };
-    for (const Block &block : blocks) {
-        bool held = false;
-        for (const Barrier &barrier : block.barriers)
-            held |= waits(barrier.waiting);
-        for (const Meeting &meeting : block.named)
-            held |= waits(meeting.waiting);
-        for (const Meeting &meeting : block.warps)
-            held |= waits(meeting.waiting);
-        if (held)
-            fail("a block waits for ever");
-    }
-    for (const Meeting &meeting : clusters)
-        if (waits(meeting.waiting))
-            fail("a cluster waits for ever");
+    if (ended < fibers.size())
+        fail("threads wait for ever");
 }
 
 // Comes to a meeting of `count`; whether it is complete with that.
@@ -348,11 +321,6 @@ static void copy(uint32_t block, uint32_t to, const CUtensorMap &map, const std:
 static void __syncthreads() { gpu::meet(gpu::my_block().named[0], gpu::my_block().lanes.size()); }
 static void __syncwarp() { gpu::meet(gpu::my_warp(), 32); }
 static uint32_t __shfl_sync(uint32_t, uint32_t x, uint32_t lane) { return gpu::exchange(x, lane); }
-static uint32_t __float_as_uint(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
 static float __shfl_xor_sync(uint32_t, float x, uint32_t mask) {
     const uint32_t other = gpu::exchange(__float_as_uint(x), threadIdx.x % 32 ^ mask);
     memcpy(&x, &other, 4);
@@ -361,7 +329,6 @@ static float __shfl_xor_sync(uint32_t, float x, uint32_t mask) {
 static void *__cvta_shared_to_generic(uint32_t at) { return gpu::memory(gpu::block_at(at), gpu::offset_at(at), 4); }
 static float __fdividef(float a, float b) { return a / b; }
 #define __expf expf
-static float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 
 namespace distkv {
 
@@ -369,24 +336,9 @@ static uint8_t shared[1]; // what a kernel calls its memory
 
 // ---- rows.cuh ----
 
-static float to_float(__nv_bfloat16 x) {
-    const uint32_t bits = uint32_t(x.bits) << 16;
-    float wide;
-    memcpy(&wide, &bits, 4);
-    return wide;
-}
 static float to_float(__half x) { return float(x.value); }
-template <class T> T from_float(float x);
-template <> __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-    uint32_t bits = __float_as_uint(x);
-    bits += 0x7fff + (bits >> 16 & 1);
-    return {uint16_t(x != x ? 0x7fff : bits >> 16)};
-}
 template <> __half from_float<__half>(float x) { return {_Float16(x)}; }
 template <> float from_float<float>(float x) { return x; }
-template <class T, uint32_t N> struct alignas(sizeof(T) * N) Run {
-    T item[N];
-};
 template <uint32_t N, class T> void store(T *to, const float (&from)[N]) {
     for (uint32_t i = 0; i < N; i++)
         to[i] = from_float<T>(from[i]);

@@ -16,24 +16,10 @@
 #include <thread>
 #include <vector>
 
+#include "language.h"
+
 // ---- What the language has ----
 
-#define __device__
-#define __forceinline__ inline
-using std::max;
-using std::min;
-struct alignas(8) float2 {
-    float x, y;
-};
-struct alignas(16) float4 {
-    float x, y, z, w;
-};
-struct alignas(8) uint2 {
-    uint32_t x, y;
-};
-struct __nv_bfloat16 {
-    uint16_t bits;
-};
 struct Index {
     uint32_t x, y;
 };
@@ -66,8 +52,6 @@ static float __shfl_xor_sync(uint32_t, float x, uint32_t mask) {
     return other;
 }
 
-static float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-
 // ---- What the kernel's headers have ----
 
 #include "structs.inc"
@@ -87,24 +71,6 @@ static float natural_lse(float max2, float sum) { return sum > 0.0f ? (max2 + lo
 static uint64_t kv_offset(uint32_t block, bool value, uint32_t head, uint32_t kv_heads, uint32_t tokens, uint32_t d) {
     return ((uint64_t(block) * 2 + (value ? 1 : 0)) * kv_heads + head) * tokens * d;
 }
-
-static float to_float(__nv_bfloat16 x) {
-    const uint32_t bits = uint32_t(x.bits) << 16;
-    float wide;
-    memcpy(&wide, &bits, 4);
-    return wide;
-}
-
-template <class T> T from_float(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    bits += 0x7fff + (bits >> 16 & 1);
-    return {uint16_t(x != x ? 0x7fff : bits >> 16)};
-}
-
-template <class T, uint32_t N> struct alignas(sizeof(T) * N) Run {
-    T item[N];
-};
 
 static float lanes_sum(float x) {
     for (uint32_t step = 16; step > 0; step /= 2)
