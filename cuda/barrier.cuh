@@ -74,6 +74,20 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 #endif
 }
 
+#if __CUDA_ARCH__ >= 900
+// Whether the phase of this parity is over, which is waited for about so long.
+__device__ __forceinline__ bool barrier_try(uint32_t barrier, uint32_t parity, uint32_t nanoseconds) {
+    uint32_t over;
+    asm volatile("{\n\t.reg .pred done;\n\t"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2, %3;\n\t"
+                 "selp.u32 %0, 1, 0, done;\n\t}"
+                 : "=r"(over)
+                 : "r"(barrier), "r"(parity), "r"(nanoseconds)
+                 : "memory");
+    return over != 0;
+}
+#endif
+
 // A barrier of the first `threads` threads of a block, apart from barrier 0.
 __device__ __forceinline__ void sync_threads(uint32_t threads) {
     asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");

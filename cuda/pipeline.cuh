@@ -72,6 +72,16 @@ __device__ __forceinline__ void copy_box_5(uint32_t to, const CUtensorMap *map, 
                  : "memory");
 }
 
+// The boxes of `copy_box` and `copy_box_5`, into the L2 cache.
+__device__ __forceinline__ void fetch_box(const CUtensorMap *map, uint32_t b, uint32_t c) {
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {0, %1, %2}];" ::"l"(map), "r"(b), "r"(c) : "memory");
+}
+
+__device__ __forceinline__ void fetch_box_5(const CUtensorMap *map, uint32_t d, uint32_t e) {
+    asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {0, 0, 0, %1, %2}];" ::"l"(map), "r"(d), "r"(e)
+                 : "memory");
+}
+
 // A map that will be used soon.
 __device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

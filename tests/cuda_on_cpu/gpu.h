@@ -294,6 +294,12 @@ static void land(Barrier &barrier, uint32_t bytes) {
 static uint32_t swizzled(uint32_t at) { return at ^ (at >> 7 & 7) << 4; }
 
 // A box, 16-bit elements, zeros outside of the tensor.
+static void fetch(const CUtensorMap &map, const std::vector<uint32_t> &first) {
+    for (uint32_t d = 0; d < map.rank; d++)
+        if (first[d] >= map.dims[d])
+            fail("a box that lies outside is fetched");
+}
+
 static void copy(uint32_t block, uint32_t to, const CUtensorMap &map, const std::vector<uint32_t> &first, uint32_t landing) {
     pending.push_back([=, &map] {
         uint32_t elements = 1;
@@ -403,6 +409,16 @@ static bool any_of_threads(uint32_t threads, bool so) {
 static void barrier_arrive_at(uint32_t at, uint32_t rank) {
     gpu::arrive(gpu::barrier(gpu::me().block / gpu::CLUSTER * gpu::CLUSTER + rank, at));
 }
+// Says no at times, and else waits, as who asks for ever is not seen to hang.
+static bool barrier_try(uint32_t at, uint32_t parity, uint32_t) {
+    gpu::yield();
+    if (barrier_at(at).phase % 2 == parity) {
+        if (gpu::draw(2) == 0)
+            return false;
+        barrier_wait(at, parity);
+    }
+    return true;
+}
 static void barrier_wait_cluster(uint32_t at, uint32_t parity) { barrier_wait(at, parity); }
 static void made_arrive(uint32_t threads) { gpu::come(gpu::my_block().named[2], threads); }
 static void made_wait(uint32_t threads) { gpu::meet(gpu::my_block().named[2], threads); }
@@ -413,6 +429,8 @@ static void copy_box(uint32_t to, const CUtensorMap *map, uint32_t b, uint32_t c
 static void copy_box_kept(uint32_t to, const CUtensorMap *map, uint32_t b, uint32_t c, uint32_t barrier) {
     copy_box(to, map, b, c, barrier);
 }
+static void fetch_box(const CUtensorMap *map, uint32_t b, uint32_t c) { gpu::fetch(*map, {0, b, c}); }
+static void fetch_box_5(const CUtensorMap *map, uint32_t d, uint32_t e) { gpu::fetch(*map, {0, 0, 0, d, e}); }
 static void copy_box_5(uint32_t to, const CUtensorMap *map, uint32_t d, uint32_t e, uint32_t barrier) {
     gpu::copy(gpu::me().block, to, *map, {0, 0, 0, d, e}, barrier);
 }
