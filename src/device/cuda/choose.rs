@@ -38,7 +38,8 @@ pub struct Chooser {
     /// Parameters of the rows, counts of logprobs, entries: on the device and on
     /// their way there.
     parameters: (GpuMemory, Pinned),
-    results: (GpuMemory, Pinned),
+    /// In the host's memory, where the kernels write them: a copy takes longer.
+    results: Pinned,
     /// Weights of rows that do not fit shared memory.
     weights: Option<GpuMemory>,
 }
@@ -70,10 +71,7 @@ impl Chooser {
             vocab,
             clusters,
             parameters: (GpuMemory::new(context, bytes, "choosing tokens")?, Pinned::new(context, bytes)?),
-            results: (
-                GpuMemory::new(context, max_rows * WORDS * 4, "choosing tokens")?,
-                Pinned::new(context, max_rows * WORDS * 4)?,
-            ),
+            results: Pinned::new(context, max_rows * WORDS * 4)?,
             weights,
         })
     }
@@ -105,8 +103,7 @@ impl Chooser {
         if !greedy || logprobs {
             self.upload(stream, rows, choices)?;
         }
-        let (device, _) = &self.results;
-        let at = |word: usize| device.address() + (word * self.max_rows * 4) as u64;
+        let at = |word: usize| self.results.address() + (word * self.max_rows * 4) as u64;
         if greedy {
             let (cluster, threads) = match rows {
                 _ if !self.clusters => (1, 1024),
@@ -162,7 +159,9 @@ impl Chooser {
             // SAFETY: as above.
             unsafe { self.logprobs.overlap(stream, grid, &arguments)? };
         }
-        self.bring(stream, rows, choices, logprobs, chosen)
+        stream.synchronize()?;
+        self.read(choices, chosen);
+        Ok(())
     }
 
     fn upload(&mut self, stream: &Stream, rows: usize, choices: &[Choice<'_>]) -> Result<()> {
@@ -219,25 +218,9 @@ impl Chooser {
         put(entries_at(self.max_rows), bytemuck::cast_slice(&entries))
     }
 
-    fn bring(
-        &mut self,
-        stream: &Stream,
-        rows: usize,
-        choices: &[Choice<'_>],
-        logprobs: bool,
-        chosen: &mut Vec<Chosen>,
-    ) -> Result<()> {
-        let stride = self.max_rows * 4;
-        let (device, host) = &mut self.results;
-        if logprobs {
-            device.download(stream, 0, host, 0..stride * WORDS)?;
-        } else {
-            for word in 0..2 {
-                device.download(stream, word * stride, host, word * stride..word * stride + rows * 4)?;
-            }
-        }
-        stream.synchronize()?;
-        let words: &[u32] = bytemuck::cast_slice(&host.bytes()[..stride * WORDS]);
+    /// What the kernels have written.
+    fn read(&self, choices: &[Choice<'_>], chosen: &mut Vec<Chosen>) {
+        let words: &[u32] = bytemuck::cast_slice(self.results.bytes());
         let max_rows = self.max_rows;
         for choice in choices {
             let row = choice.row as usize;
@@ -255,7 +238,6 @@ impl Chooser {
                 }),
             });
         }
-        Ok(())
     }
 }
 

@@ -267,7 +267,12 @@ impl Pinned {
         }
     }
 
-    /// Its bytes.
+    /// Where it begins, for the GPU as for the host.
+    pub fn address(&self) -> u64 {
+        self.pointer as u64
+    }
+
+    /// Its bytes. The caller has waited for what writes them.
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: allocated with this length, and initialised.
         unsafe { std::slice::from_raw_parts(self.pointer.cast(), self.len) }
