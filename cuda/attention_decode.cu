@@ -17,6 +17,7 @@
 // Keys and values are T, as queries are, or E4M3, which is widened in registers.
 // Of 16 elements of head_dim, lane l of four then holds numbers 4 l .. 4 l + 3 of a
 // key (queries are read to match), and rows 8 apart of O^T are neighbours.
+#include "copies.cuh"
 #include "decode.cuh"
 #include "e4m3.cuh"
 
@@ -113,11 +114,7 @@ __device__ __forceinline__ Found find(const Decode &p, const DecodeItem &item, u
 template <class K, uint32_t D>
 __device__ __forceinline__ void bring_box(const Decode &p, uint32_t to, uint32_t row, uint32_t barrier) {
 #if __CUDA_ARCH__ >= 900
-    constexpr uint64_t EVICT_FIRST = 0x12f0000000000000; // what createpolicy.fractional.L2::evict_first gives
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                 "[%0], [%1, {%2, %2, %2, %3}], [%4], %5;" ::"r"(to),
-                 "l"(p.kv_map), "r"(0), "r"((p.map_row + row) / 8), "r"(barrier), "l"(EVICT_FIRST)
-                 : "memory");
+    copy_box_4(to, p.kv_map, (p.map_row + row) / 8, barrier);
 #else
     constexpr uint32_t CHUNKS = Shape<K, D>::ROW / 16;
     const uint8_t *from = static_cast<const uint8_t *>(p.kv) + uint64_t(row) * Shape<K, D>::ROW;
@@ -443,7 +440,7 @@ template <class T, class K, uint32_t D, uint32_t NT> __device__ __forceinline__ 
     const DecodeItem first = load_item(p.items + blockIdx.x);
 #if __CUDA_ARCH__ >= 900
     if (threadIdx.x == Shape<K, D>::WARPS * 32)
-        asm volatile("prefetch.tensormap [%0];" ::"l"(p.kv_map) : "memory");
+        prefetch_map(p.kv_map);
 #endif
     if (threadIdx.x < p.slots) {
         // A lane's 16-byte copies arrive by themselves.

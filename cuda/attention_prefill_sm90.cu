@@ -15,6 +15,7 @@
 #include "matrix.cuh"
 #include "prefill_feed.cuh"
 #include "state.cuh"
+#include "wgmma.cuh"
 
 #include <cuda.h>
 

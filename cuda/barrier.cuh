@@ -3,12 +3,9 @@
 // programmatic launches. What a GPU older than Hopper lacks is nothing there,
 // or not to be called.
 #pragma once
-#include <cuda_runtime.h>
-#include <stdint.h>
+#include "shared.cuh"
 
 namespace distkv {
-
-__device__ __forceinline__ uint32_t shared_address(const void *p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // ---- Programmatic launch ----
 
@@ -88,6 +85,39 @@ __device__ __forceinline__ bool barrier_try(uint32_t barrier, uint32_t parity, u
 }
 #endif
 
+#if __CUDA_ARCH__ >= 900
+// Arrives at the barrier at this place in block `rank` of the cluster: what this
+// thread read may be written over. It publishes nothing to that block.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
+    asm volatile("{\n\t.reg .b32 peer;\n\t"
+                 "mapa.shared::cluster.u32 peer, %0, %1;\n\t"
+                 "mbarrier.arrive.shared::cluster.b64 _, [peer];\n\t}" ::"r"(barrier),
+                 "r"(rank)
+                 : "memory");
+}
+
+// As `barrier_wait`, where other blocks of the cluster arrive, whose writes are
+// then seen.
+__device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+    asm volatile("{\n\t.reg .pred done;\n\t"
+                 "again:\n\t"
+                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t"
+                 "@!done bra again;\n\t}" ::"r"(barrier),
+                 "r"(parity)
+                 : "memory");
+}
+#endif
+
+// ---- Barriers by number: some threads wait, the others only report ----
+
+__device__ __forceinline__ void named_wait(uint32_t id, uint32_t threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_arrive(uint32_t id, uint32_t threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // A barrier of the first `threads` threads of a block, apart from barrier 0.
 __device__ __forceinline__ void sync_threads(uint32_t threads) {
     asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
@@ -103,6 +133,15 @@ __device__ __forceinline__ bool any_of_threads(uint32_t threads, bool so) {
                  : "r"(uint32_t(so)), "r"(threads)
                  : "memory");
     return any != 0;
+}
+
+
+// ---- Time ----
+
+__device__ __forceinline__ uint32_t nanoseconds() {
+    uint32_t now;
+    asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(now));
+    return now;
 }
 
 } // namespace distkv

@@ -114,27 +114,6 @@ template <uint32_t V, uint32_t LANES> __device__ __forceinline__ float sum_value
     return s[0];
 }
 
-__device__ __forceinline__ void store_peer(float4 *to, uint32_t rank, float4 v) {
-#if __CUDA_ARCH__ >= 900
-    uint32_t peer;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(shared_address(to)), "r"(rank));
-    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(peer), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-                 : "memory");
-#else
-    *to = v;
-#endif
-}
-
-__device__ __forceinline__ void store_peer(float2 *to, uint32_t rank, float2 v) {
-#if __CUDA_ARCH__ >= 900
-    uint32_t peer;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(shared_address(to)), "r"(rank));
-    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(peer), "f"(v.x), "f"(v.y) : "memory");
-#else
-    *to = v;
-#endif
-}
-
 template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decode_short(const DecodeShort &p) {
     // Keys: LANES lanes have 4 elements each of a token, BATCH tokens at once.
     constexpr uint32_t LANES = D / 4, BATCH = 16 / G < 8 ? 16 / G : 8, KEY_GROUPS = SHORT_WARPS * 32 / LANES;
@@ -202,9 +181,7 @@ template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decod
         }
     };
     load_values(0, value);
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); // this block is there
-#endif
+    cluster_arrive(); // this block is there
     wait_for_previous();
 
     // The row's heads.
@@ -330,9 +307,7 @@ template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decod
     }
 
     // To who finishes them.
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-#endif
+    cluster_wait();
     const uint32_t slice = G * D / sharers;
 #pragma unroll
     for (uint32_t g = 0; g < G; g++) {

@@ -28,12 +28,18 @@ constexpr uint32_t LINEAR_REGISTERS_FOR = 512; // threads: see below
 } // namespace distkv
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
+#include "barrier.cuh"
+#include "cluster.cuh"
+#include "copies.cuh"
 #include "linear.cuh"
 #include "linear_finish.cuh"
 #include "linear_relay.cuh"
+#include "wgmma.cuh"
 
 namespace distkv {
 
+// Barriers by number: 1 is `sync_threads`.
+constexpr uint32_t MADE = 2, SCALES = 3;
 constexpr uint32_t LINEAR_THREADS = 32 * (CONSUMERS + 3); // and warps for weights, x, scales
 
 // Rows of a product that are in use, and have been made.
@@ -75,7 +81,7 @@ __device__ __forceinline__ void bring_weights(const LinearArgs &a, const Place &
                     if (gated) {
                         fetch_box_5(map, unit, place);
                     } else {
-                        fetch_box(map, unit * UNIT, place);
+                        fetch_box_3(map, unit * UNIT, place);
                     }
                     due = now + pause;
                     asked = true;
@@ -94,7 +100,7 @@ __device__ __forceinline__ void bring_weights(const LinearArgs &a, const Place &
             if (gated) {
                 copy_box_5(to, map, unit, place, barrier);
             } else {
-                copy_box(to, map, unit * UNIT, place, barrier);
+                copy_box_3(to, map, unit * UNIT, place, barrier);
             }
             c.advance(stages);
         });
@@ -113,7 +119,7 @@ template <uint32_t M>
 __device__ __forceinline__ void ask_rows(const Linear &p, const Place &at, const CUtensorMap *map, uint32_t slot,
                                          uint32_t place, uint32_t barrier) {
     barrier_arrive_expect(barrier, p.depth * M * DEPTH * 2);
-    copy_box_kept(rows_at(p, at, slot), map, 0, place, barrier);
+    copy_box_3_kept(rows_at(p, at, slot), map, 0, place, barrier);
 }
 
 template <uint32_t M>
@@ -121,7 +127,7 @@ __device__ __forceinline__ void bring_rows(const LinearArgs &a, const Place &at,
     const uint32_t turn = relay_turn(a.chain), stages = a.chain.stages;
     const RelayStart start(a.chain);
     __syncwarp();
-    made_arrive((CONSUMERS + 2) * 32); // the counts were read: this block may count
+    named_arrive(MADE, (CONSUMERS + 2) * 32); // the counts were read: this block may count
     Cursor c{0, 1};
     for (uint32_t n = 0; n < a.chain.count; n++) {
         const Linear &p = a.product[n];
@@ -157,7 +163,7 @@ __device__ __forceinline__ void find_scales(const LinearArgs &a, const Place &at
     const uint32_t turn = relay_turn(a.chain);
     const RelayStart start(a.chain);
     __syncwarp();
-    made_arrive((CONSUMERS + 2) * 32);
+    named_arrive(MADE, (CONSUMERS + 2) * 32);
     const uint8_t *half = relay_half(a.chain, turn);
     for (uint32_t n = 0; n < a.chain.count; n++) {
         const Linear &p = a.product[n];
@@ -205,11 +211,16 @@ __device__ __forceinline__ void find_scales(const LinearArgs &a, const Place &at
                 }
             }
         }
-        scales_wait((CONSUMERS + 1) * 32); // and not on to the next before they are taken
+        named_wait(SCALES, (CONSUMERS + 1) * 32); // and not on to the next before they are taken
     }
 }
 
 // ---- The warps that multiply ----
+
+// Rows of 64 elements as the copy engine leaves them. 16 elements on is 32 bytes on.
+__device__ __forceinline__ uint64_t brick_at(uint32_t address) {
+    return (address >> 4 & 0x3fff) | operand(0, 16, 1024);
+}
 
 // What a group of warps multiplies of each stage, as descriptors: up to two pairs of
 // bricks (64 features each) at up to four places.
@@ -221,13 +232,13 @@ struct Lot {
         const uint32_t x = at.ring + p.tile_units * p.depth * BRICK;
         if (p.depth == 1) { // pairs of its own
             // A pair that the tile lacks is another one: it comes to nothing, but must lie in memory.
-            weights = matrix_at(at.ring + (group * 2 < p.tile_units ? group * 2 * BRICK : 0));
-            rows = matrix_at(x);
+            weights = brick_at(at.ring + (group * 2 < p.tile_units ? group * 2 * BRICK : 0));
+            rows = brick_at(x);
             pair = group * 2 + 4 < p.tile_units ? 4 * BRICK >> 4 : 0;
             weights_on = rows_on = 0;
         } else { // every other place of `in`
-            weights = matrix_at(at.ring + group * p.tile_units * BRICK);
-            rows = matrix_at(x + group * m * DEPTH * 2);
+            weights = brick_at(at.ring + group * p.tile_units * BRICK);
+            rows = brick_at(x + group * m * DEPTH * 2);
             pair = 2 * BRICK >> 4;
             weights_on = 2 * p.tile_units * BRICK >> 4;
             rows_on = 2 * m * DEPTH * 2 >> 4;
@@ -284,20 +295,20 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[2][M / 2], const Lin
         }
         barrier_wait(at.full + c.slot * 8, c.parity);
         const uint64_t w = lot.weights + (c.slot * at.stage >> 4), x = lot.rows + (c.slot * at.stage >> 4);
-        multiply_fence();
+        wgmma_fence();
 #pragma unroll
         for (uint32_t k = 0; k < PLACES; k++) {
 #pragma unroll
             for (uint32_t j = 0; j < PAIRS; j++) {
 #pragma unroll
                 for (uint32_t piece = 0; piece < DEPTH / 16; piece++) {
-                    multiply<T>(sums[j], w + j * lot.pair + k * lot.weights_on + piece * 2,
-                                x + k * lot.rows_on + piece * 2);
+                    Wgmma<T, M>::ss(sums[j], w + j * lot.pair + k * lot.weights_on + piece * 2,
+                                    x + k * lot.rows_on + piece * 2, 1);
                 }
             }
         }
-        multiply_commit();
-        multiply_wait<0>();
+        wgmma_commit();
+        wgmma_wait<0>();
         if (thread % 32 == 0) {
             barrier_arrive(at.empty + c.slot * 8);
         }
@@ -354,7 +365,7 @@ __device__ __forceinline__ void consume(const LinearArgs &a, const Place &at, ui
     Looked looked{nullptr, 0, 0, 0};
     uint32_t meetings = 0, gives = 0, takes = 0; // of the cluster
     Cursor c{0, 0};
-    made_wait((CONSUMERS + 2) * 32); // this block's other warps have read the counts: it may count
+    named_wait(MADE, (CONSUMERS + 2) * 32); // this block's other warps have read the counts: it may count
     for (uint32_t n = 0; n < a.chain.count; n++) {
         const Linear &p = a.product[n];
         const Share share(p, at);
@@ -413,7 +424,7 @@ __device__ __forceinline__ void consume(const LinearArgs &a, const Place &at, ui
             }
             store_sums<M>(sums, p, at, rows, group, warp, lane);
             if (scaled && tile == share.first) {
-                scales_wait((CONSUMERS + 1) * 32);
+                named_wait(SCALES, (CONSUMERS + 1) * 32);
             } else {
                 sync_threads(CONSUMERS * 32);
             }
@@ -460,8 +471,8 @@ __device__ __forceinline__ void linear(const LinearArgs &a) {
     at.ring = base + HEAD;
     at.stage = a.chain.stage;
     at.sums = at.ring + a.chain.stages * at.stage;
-    at.rank = block_of_cluster();
-    at.blocks = blocks_of_cluster();
+    at.rank = cluster_rank_again();
+    at.blocks = cluster_blocks_again();
 
     if (warp == CONSUMERS + 1 && threadIdx.x % 32 < a.chain.count) {
         prefetch_map(&a.weights[threadIdx.x % 32]);
@@ -486,9 +497,9 @@ __device__ __forceinline__ void linear(const LinearArgs &a) {
             barrier_init_done();
         }
         __syncwarp();
-        made_arrive(LINEAR_THREADS);
+        named_arrive(MADE, LINEAR_THREADS);
     } else {
-        made_wait(LINEAR_THREADS);
+        named_wait(MADE, LINEAR_THREADS);
     }
     if (at.blocks > 1) {
         cluster_arrive(); // peers must not arrive at barriers that are not there yet
@@ -516,7 +527,7 @@ __device__ __forceinline__ void linear(const LinearArgs &a) {
         __syncwarp();
     }
     if (at.blocks > 1) {
-        cluster_leave(); // peers may still send to this block
+        cluster_arrive(); // peers may still send to this block
         cluster_wait();
     } else {
         __syncthreads();

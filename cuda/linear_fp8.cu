@@ -206,7 +206,7 @@ struct Finish {
 __device__ __forceinline__ void meet(uint32_t splits) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     if (splits > 1) {
-        asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+        cluster_sync();
         return;
     }
 #endif

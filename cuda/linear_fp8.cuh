@@ -1,14 +1,14 @@
 // What the linear layers with FP8 weights share: copies, the matrix instruction,
 // and what becomes of sums.
 #pragma once
+#include "barrier.cuh"
+#include "cluster.cuh"
 #include "fp8.cuh"
 
 namespace distkv {
 namespace fp8 {
 
 enum End : uint32_t { PLAIN, SWIGLU, ADD, LOGITS };
-
-__device__ __forceinline__ uint32_t shared_address(const void *p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 __device__ __forceinline__ void copy_16(uint32_t to, const uint8_t *from) {
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
@@ -139,18 +139,6 @@ __device__ __forceinline__ void store_sums(const LinearFp8 &p, float (&y)[4], ui
         }
     }
     put(static_cast<float *>(p.out), y, row, feature, p.out_features);
-}
-
-__device__ __forceinline__ void wait_for_previous() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void launch_next() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 }
 
 } // namespace fp8

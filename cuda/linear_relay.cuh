@@ -18,7 +18,6 @@
 #pragma once
 #include "linear.cuh"
 #include "linear_tile.cuh"
-#include "pipeline.cuh"
 #include "words.cuh"
 
 namespace distkv {

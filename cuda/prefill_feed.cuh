@@ -3,7 +3,8 @@
 // `full` and an `empty` mbarrier. Warp 0 draws the pairs and copies keys, page
 // by page, warp 1 copies values and the other two queries. sm_90a only.
 #pragma once
-#include "hopper.cuh"
+#include "barrier.cuh"
+#include "copies.cuh"
 #include "prefill_plan.cuh"
 
 namespace distkv {
@@ -131,7 +132,7 @@ template <uint32_t D> struct Boxes {
 #pragma unroll
             for (uint32_t c = 0; c < Shape<D>::COPIES; ++c) {
                 const uint32_t at = to + c * Shape<D>::COLUMN + (threadIdx.x % 32 << shift) / 8 * Shape<D>::EIGHT;
-                copy_box(at, map, c * 64, row / 8, barrier);
+                copy_box_4_kept(at, map, c * 64, row / 8, barrier);
             }
         }
     }

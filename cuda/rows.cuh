@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "api.h"
+#include "barrier.cuh"
 
 namespace distkv {
 
@@ -16,10 +17,8 @@ constexpr uint32_t WIDE = 8;
 // meanwhile (it waits here in turn). Every kernel calls this before it touches
 // memory that a kernel writes; without programmatic launch it does nothing.
 __device__ __forceinline__ void begin_kernel() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+    wait_for_previous();
+    launch_next();
 }
 
 // The same, and the count of rows in use. No kernel writes a Step, so the count

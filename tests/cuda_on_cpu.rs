@@ -28,9 +28,6 @@ fn kernel(source: &str) -> String {
     );
     let prefetch = between(&text, "asm volatile(\"prefetch", ";\n").to_owned();
     let text = replace(&text, &format!("asm volatile(\"prefetch{prefetch};"), "(void)row;");
-    let stores =
-        between(&text, "__device__ __forceinline__ void store_peer(float4", "template <class T, uint32_t D").to_owned();
-    let text = replace(&text, &format!("__device__ __forceinline__ void store_peer(float4{stores}"), "");
     text[..text.find("#define SHORT(").expect("entry points")].to_owned()
 }
 
@@ -83,7 +80,7 @@ fn linear_layers_wait_for_what_they_read() {
     for name in ["linear.cu", "linear.cuh", "linear_tile.cuh", "linear_finish.cuh", "linear_relay.cuh", "api.h"] {
         fs::write(folder.path().join(name), read(&format!("cuda/{name}"))).unwrap();
     }
-    for name in ["barrier.cuh", "pipeline.cuh", "words.cuh", "rows.cuh", "cuda.h", "cuda_runtime.h"] {
+    for name in ["barrier.cuh", "cluster.cuh", "copies.cuh", "wgmma.cuh", "words.cuh", "rows.cuh", "cuda.h", "cuda_runtime.h"] {
         fs::write(folder.path().join(name), "#include \"gpu.h\"\n").unwrap();
     }
     // Fibers jump from stack to stack, which fortified jumps take for an error.

@@ -1,6 +1,6 @@
 // A GPU whose threads are fibers of one thread of the CPU: what cuda/linear.cu and its
-// headers take from the language, and from barrier.cuh, pipeline.cuh, words.cuh and
-// rows.cuh, in whose place this stands.
+// headers take from the language, and from barrier.cuh, cluster.cuh, copies.cuh,
+// wgmma.cuh, words.cuh and rows.cuh, in whose place this stands.
 //
 // Which thread goes on is drawn from a seed, blocks and warps of a sudden faster or
 // slower than others; copies, sums sent to another block and words stored without a
@@ -404,8 +404,6 @@ static bool any_of_threads(uint32_t threads, bool so) {
     return gpu::my_block().named[1].result;
 }
 
-// ---- pipeline.cuh ----
-
 static void barrier_arrive_at(uint32_t at, uint32_t rank) {
     gpu::arrive(gpu::barrier(gpu::me().block / gpu::CLUSTER * gpu::CLUSTER + rank, at));
 }
@@ -420,31 +418,40 @@ static bool barrier_try(uint32_t at, uint32_t parity, uint32_t) {
     return true;
 }
 static void barrier_wait_cluster(uint32_t at, uint32_t parity) { barrier_wait(at, parity); }
-static void made_arrive(uint32_t threads) { gpu::come(gpu::my_block().named[2], threads); }
-static void made_wait(uint32_t threads) { gpu::meet(gpu::my_block().named[2], threads); }
-static void scales_wait(uint32_t threads) { gpu::meet(gpu::my_block().named[3], threads); }
-static void copy_box(uint32_t to, const CUtensorMap *map, uint32_t b, uint32_t c, uint32_t barrier) {
-    gpu::copy(gpu::me().block, to, *map, {0, b, c}, barrier);
+static void named_arrive(uint32_t id, uint32_t threads) { gpu::come(gpu::my_block().named[id], threads); }
+static void named_wait(uint32_t id, uint32_t threads) { gpu::meet(gpu::my_block().named[id], threads); }
+static uint32_t nanoseconds() {
+    gpu::yield();
+    return gpu::clock_now += 1000;
 }
-static void copy_box_kept(uint32_t to, const CUtensorMap *map, uint32_t b, uint32_t c, uint32_t barrier) {
-    copy_box(to, map, b, c, barrier);
-}
-static void fetch_box(const CUtensorMap *map, uint32_t b, uint32_t c) { gpu::fetch(*map, {0, b, c}); }
-static void fetch_box_5(const CUtensorMap *map, uint32_t d, uint32_t e) { gpu::fetch(*map, {0, 0, 0, d, e}); }
-static void copy_box_5(uint32_t to, const CUtensorMap *map, uint32_t d, uint32_t e, uint32_t barrier) {
-    gpu::copy(gpu::me().block, to, *map, {0, 0, 0, d, e}, barrier);
-}
-static void prefetch_map(const CUtensorMap *) {}
 static uint4 shared_load_4(uint32_t from) {
     uint4 v;
     memcpy(&v, gpu::memory(gpu::me().block, from, 16), 16);
     return v;
 }
-static uint64_t matrix_at(uint32_t address) { return address >> 4; }
-static void multiply_fence() {}
-static void multiply_commit() {}
-template <uint32_t N> void multiply_wait() {
-    static_assert(N == 0, "all of them");
+
+// ---- copies.cuh ----
+
+static void copy_box_3(uint32_t to, const CUtensorMap *map, uint32_t b, uint32_t c, uint32_t barrier) {
+    gpu::copy(gpu::me().block, to, *map, {0, b, c}, barrier);
+}
+static void copy_box_3_kept(uint32_t to, const CUtensorMap *map, uint32_t b, uint32_t c, uint32_t barrier) {
+    copy_box_3(to, map, b, c, barrier);
+}
+static void fetch_box_3(const CUtensorMap *map, uint32_t b, uint32_t c) { gpu::fetch(*map, {0, b, c}); }
+static void fetch_box_5(const CUtensorMap *map, uint32_t d, uint32_t e) { gpu::fetch(*map, {0, 0, 0, d, e}); }
+static void copy_box_5(uint32_t to, const CUtensorMap *map, uint32_t d, uint32_t e, uint32_t barrier) {
+    gpu::copy(gpu::me().block, to, *map, {0, 0, 0, d, e}, barrier);
+}
+static void prefetch_map(const CUtensorMap *) {}
+
+// ---- wgmma.cuh ----
+
+static uint64_t operand(uint32_t address, uint32_t, uint32_t) { return address >> 4; }
+static void wgmma_fence() {}
+static void wgmma_commit() {}
+template <uint32_t LEFT> void wgmma_wait() {
+    static_assert(LEFT == 0, "all of them");
     __syncwarp(); // a warp waits as one
     for (auto &multiplication : gpu::me().multiplications)
         multiplication();
@@ -452,7 +459,10 @@ template <uint32_t N> void multiply_wait() {
     __syncwarp();
 }
 // Happens when it is waited for: what was given back before shows.
-template <class T, uint32_t N> void multiply(float (&d)[N], uint64_t a, uint64_t b) {
+template <class T, uint32_t N> struct Wgmma {
+    static void ss(float (&c)[N / 2], uint64_t a, uint64_t b, uint32_t add);
+};
+template <class T, uint32_t N> void Wgmma<T, N>::ss(float (&c)[N / 2], uint64_t a, uint64_t b, uint32_t add) {
     const uint32_t block = gpu::me().block, lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const auto element = [block](uint64_t matrix, uint32_t row, uint32_t k) {
         const uint32_t at = uint32_t(matrix << 4) + row / 8 * 1024 + row % 8 * 128 + k * 2;
@@ -460,23 +470,22 @@ template <class T, uint32_t N> void multiply(float (&d)[N], uint64_t a, uint64_t
         memcpy(&x, gpu::memory(block, gpu::swizzled(at), 2), 2);
         return to_float(x);
     };
-    float *to = d;
+    float *to = c;
     gpu::me().multiplications.push_back([=] {
-        for (uint32_t i = 0; i < N; i++) {
+        for (uint32_t i = 0; i < N / 2; i++) {
             const uint32_t feature = 16 * warp + lane / 4 + 8 * (i % 4 / 2), row = i / 4 * 8 + 2 * (lane % 4) + i % 2;
             float sum = 0.0f;
             for (uint32_t k = 0; k < 16; k++)
                 sum += element(a, feature, k) * element(b, row, k);
-            to[i] += sum;
+            to[i] = (add ? to[i] : 0.0f) + sum;
         }
     });
 }
-static uint32_t nanoseconds() {
-    gpu::yield();
-    return gpu::clock_now += 1000;
-}
-static uint32_t block_of_cluster() { return gpu::me().block % gpu::CLUSTER; }
-static uint32_t blocks_of_cluster() { return gpu::CLUSTER; }
+
+// ---- cluster.cuh ----
+
+static uint32_t cluster_rank_again() { return gpu::me().block % gpu::CLUSTER; }
+static uint32_t cluster_blocks_again() { return gpu::CLUSTER; }
 static uint32_t peer_address(uint32_t at, uint32_t rank) {
     return (gpu::me().block / gpu::CLUSTER * gpu::CLUSTER + rank + 1) << gpu::BLOCK_SHIFT | at;
 }
@@ -498,7 +507,6 @@ static void cluster_arrive() {
     gpu::me().left = my_cluster().phase;
     gpu::come(my_cluster(), gpu::CLUSTER * gpu::my_block().lanes.size());
 }
-static void cluster_leave() { cluster_arrive(); }
 static void cluster_wait() {
     while (my_cluster().phase == gpu::me().left)
         gpu::wait(my_cluster().waiting);

@@ -1,48 +1,11 @@
-// Hopper's asynchronous machinery, thinly: the bulk tensor copy, named barriers,
-// and wgmma with its descriptors. sm_90a only.
+// wgmma, the matrix instruction of four warps, with operands in shared memory, and how
+// those are described. sm_90a only.
 #pragma once
-#include "barrier.cuh"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <stdint.h>
 
 namespace distkv {
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-// --- copies ---
-
-// One box of a 4-D tensor map to shared memory, from {first, 0, 0, last}; its
-// bytes count on `barrier`.
-__device__ __forceinline__ void
-copy_box(uint32_t to, const void *map, uint32_t first, uint32_t last, uint32_t barrier) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
-                 "[%1, {%3, %5, %5, %4}], [%2];" ::"r"(to),
-                 "l"(map), "r"(barrier), "r"(first), "r"(last), "r"(0)
-                 : "memory");
-}
-
-__device__ __forceinline__ void prefetch_map(const void *map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
-// Orders this thread's plain writes of shared memory before what the tensor
-// cores and the copy engine do after the next barrier.
-__device__ __forceinline__ void fence_async_proxy() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// --- named barriers: some threads wait, the others only report ---
-
-__device__ __forceinline__ void named_wait(uint32_t id, uint32_t threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void named_arrive(uint32_t id, uint32_t threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// --- wgmma ---
 
 template <uint32_t N> __device__ __forceinline__ void registers_less() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
@@ -52,13 +15,10 @@ template <uint32_t N> __device__ __forceinline__ void registers_more() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-__device__ __forceinline__ void wgmma_fence() {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
+// Before the first product, and where registers of sums were touched between.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-__device__ __forceinline__ void wgmma_commit() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // Waits until at most `LEFT` committed groups are unfinished.
 template <uint32_t LEFT> __device__ __forceinline__ void wgmma_wait() {
@@ -96,10 +56,14 @@ __device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t column, u
 // along the rows of memory if TURNED, else K.
 template <class T, uint32_t N> struct Wgmma;
 
+#define F4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define F8(c, i)                                                                                                       \
     "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]),        \
         "+f"(c[i + 7])
 #define F32(c, i) F8(c, i), F8(c, i + 8), F8(c, i + 16), F8(c, i + 24)
+#define R4 "%0,%1,%2,%3"
+#define R8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define R16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define R32                                                                                                            \
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,"               \
     "%27,%28,%29,%30,%31"
@@ -142,6 +106,9 @@ template <class T, uint32_t N> struct Wgmma;
     WGMMA(__nv_bfloat16, "bf16", N, REGS, I0, I1, I2, I3, I4, I5, I6, __VA_ARGS__)                                     \
     WGMMA(__half, "f16", N, REGS, I0, I1, I2, I3, I4, I5, I6, __VA_ARGS__)
 
+WGMMA_BOTH(8, R4, 4, 5, 6, 7, 8, 9, 10, F4(c, 0))
+WGMMA_BOTH(16, R8, 8, 9, 10, 11, 12, 13, 14, F8(c, 0))
+WGMMA_BOTH(32, R16, 16, 17, 18, 19, 20, 21, 22, F8(c, 0), F8(c, 8))
 WGMMA_BOTH(64, R32, 32, 33, 34, 35, 36, 37, 38, F32(c, 0))
 WGMMA_BOTH(80, R40, 40, 41, 42, 43, 44, 45, 46, F32(c, 0), F8(c, 32))
 WGMMA_BOTH(96, R48, 48, 49, 50, 51, 52, 53, 54, F32(c, 0), F8(c, 32), F8(c, 40))
@@ -155,9 +122,11 @@ WGMMA_BOTH(256, R128, 128, 129, 130, 131, 132, 133, 134, F32(c, 0), F32(c, 32), 
 #undef R48
 #undef R40
 #undef R32
+#undef R16
+#undef R8
+#undef R4
 #undef F32
 #undef F8
-
-#endif // __CUDA_ARCH_FEAT_SM90_ALL
+#undef F4
 
 } // namespace distkv
