@@ -83,9 +83,7 @@ __device__ __forceinline__ bool barrier_try(uint32_t barrier, uint32_t parity, u
                  : "memory");
     return over != 0;
 }
-#endif
 
-#if __CUDA_ARCH__ >= 900
 // Arrives at the barrier at this place in block `rank` of the cluster: what this
 // thread read may be written over. It publishes nothing to that block.
 __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
@@ -134,7 +132,6 @@ __device__ __forceinline__ bool any_of_threads(uint32_t threads, bool so) {
                  : "memory");
     return any != 0;
 }
-
 
 // ---- Time ----
 

@@ -1,6 +1,7 @@
 // The copy engine of Hopper: boxes of a matrix, brought to shared memory or to the L2
 // cache. Their bytes count at `barrier`, also those that lie outside of the tensor,
-// which are zeros. Addresses `uint32_t` are in the shared window.
+// which are zeros. Addresses `uint32_t` are in the shared window. Everything here needs
+// sm_90.
 #pragma once
 #include <cuda.h>
 #include <stdint.h>
