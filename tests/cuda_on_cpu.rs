@@ -80,7 +80,9 @@ fn linear_layers_wait_for_what_they_read() {
     for name in ["linear.cu", "linear.cuh", "linear_tile.cuh", "linear_finish.cuh", "linear_relay.cuh", "api.h"] {
         fs::write(folder.path().join(name), read(&format!("cuda/{name}"))).unwrap();
     }
-    for name in ["barrier.cuh", "cluster.cuh", "copies.cuh", "wgmma.cuh", "words.cuh", "rows.cuh", "cuda.h", "cuda_runtime.h"] {
+    for name in
+        ["barrier.cuh", "cluster.cuh", "copies.cuh", "wgmma.cuh", "words.cuh", "rows.cuh", "cuda.h", "cuda_runtime.h"]
+    {
         fs::write(folder.path().join(name), "#include \"gpu.h\"\n").unwrap();
     }
     // Fibers jump from stack to stack, which fortified jumps take for an error.
