@@ -217,7 +217,8 @@ __device__ __forceinline__ void find_scales(const LinearArgs &a, const Place &at
 
 // ---- The warps that multiply ----
 
-// Rows of 64 elements as the copy engine leaves them. 16 elements on is 32 bytes on.
+// Rows of 64 elements as the copy engine leaves them; 16 elements on is 32 bytes on.
+// (Masked behind the shift: the machine code that was measured.)
 __device__ __forceinline__ uint64_t brick_at(uint32_t address) {
     return (address >> 4 & 0x3fff) | operand(0, 16, 1024);
 }

@@ -293,13 +293,14 @@ static void land(Barrier &barrier, uint32_t bytes) {
 // for it: 16 bytes of a row of 128 change places by the row.
 static uint32_t swizzled(uint32_t at) { return at ^ (at >> 7 & 7) << 4; }
 
-// A box, 16-bit elements, zeros outside of the tensor.
+// A box that goes no further than the cache.
 static void fetch(const CUtensorMap &map, const std::vector<uint32_t> &first) {
     for (uint32_t d = 0; d < map.rank; d++)
         if (first[d] >= map.dims[d])
             fail("a box that lies outside is fetched");
 }
 
+// A box, 16-bit elements, zeros outside of the tensor.
 static void copy(uint32_t block, uint32_t to, const CUtensorMap &map, const std::vector<uint32_t> &first, uint32_t landing) {
     pending.push_back([=, &map] {
         uint32_t elements = 1;
