@@ -7,14 +7,18 @@ use distkv_fabric::{Access, Error, Event, Memory, Notify, PeerId, RegionId, Remo
 /// Makes a transport of the kind under test.
 pub type Make = fn() -> Box<dyn Transport>;
 
-/// Where the suite runs on a slow machine (an emulator), tests repeat what they
-/// do only the part of the times that this variable divides by.
+/// Where the suite runs on a slow machine (an emulator): how many times slower it is
+/// taken to be.
 const SLOW: &str = "DISTKV_TEST_SLOW";
+
+/// 1, or what [`SLOW`] says.
+pub fn slowness() -> u32 {
+    std::env::var(SLOW).ok().and_then(|n| n.parse().ok()).unwrap_or(1)
+}
 
 /// How many rounds a test does that would do `most`.
 pub fn rounds(most: usize) -> usize {
-    let slow = std::env::var(SLOW).ok().and_then(|n| n.parse().ok()).unwrap_or(1);
-    (most / slow).max(10)
+    (most / slowness() as usize).max(10)
 }
 
 /// An event, kept.

@@ -14,14 +14,21 @@ use crate::place;
 /// take all there are where it is not set.
 const DEVICES: &str = "DISTKV_TEST_VERBS_DEVICES";
 
-/// A verbs transport's configuration: the devices in turn.
+/// A verbs transport's configuration: the devices in turn. On a slow machine a pause
+/// of the machine's own must not be taken for a peer that is gone, neither by a
+/// handshake nor by a device that waits for an acknowledgement.
 fn verbs(devices: &str) -> (std::net::SocketAddr, Secret, Config) {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     let turn = NEXT.fetch_add(1, Ordering::Relaxed);
     let devices: Vec<&str> = devices.split(',').filter(|name| !name.is_empty()).collect();
     let device = devices.get(turn % devices.len().max(1)).map(|name| name.to_string());
-    let ports = VerbsConfig { devices: device.into_iter().collect(), ..Default::default() };
-    (([127, 0, 0, 1], 0).into(), Secret::new([7; 32]), Config { ports, ..Default::default() })
+    let mut config = Config::default();
+    config.ports = VerbsConfig { devices: device.into_iter().collect(), ..config.ports };
+    let slow = crate::node::slowness();
+    config.handshake_timeout *= slow;
+    // It is the exponent of the wait: half as many times longer, or less.
+    config.ports.timeout += slow.ilog2().saturating_sub(1) as u8;
+    (([127, 0, 0, 1], 0).into(), Secret::new([7; 32]), config)
 }
 
 /// Makes a verbs transport over the devices of the software HCA.
