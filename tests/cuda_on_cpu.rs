@@ -1,5 +1,5 @@
 //! Kernels of the GPU with their threads run by the CPU (`cuda_on_cpu/`): one by threads,
-//! addresses and alignments checked, one by fibers in an order drawn from a seed.
+//! addresses and alignments checked, others by fibers in an order drawn from a seed.
 
 use std::fs;
 use std::path::Path;
@@ -72,20 +72,47 @@ fn attention_to_short_contexts_is_attention() {
     holds("short", folder.path(), &["-fsanitize=address,undefined"], "10");
 }
 
+/// Kernels' files as they are, beside headers in whose place another stands.
+fn copy(folder: &Path, files: &[&str], told: &[&str], by: &str) {
+    for name in files {
+        fs::write(folder.join(name), read(&format!("cuda/{name}"))).unwrap();
+    }
+    for name in told {
+        fs::write(folder.join(name), format!("#include \"{by}\"\n")).unwrap();
+    }
+}
+
+/// Fibers jump from stack to stack, which fortified jumps take for an error.
+const FIBERS: [&str; 5] = ["-O2", "-U_FORTIFY_SOURCE", "-fsanitize=undefined", "-include", "gpu.h"];
+
 /// As they are but for the headers that say how a GPU is told, in whose place `gpu.h`
 /// stands.
 #[test]
 fn linear_layers_wait_for_what_they_read() {
     let folder = tempfile::tempdir().unwrap();
-    for name in ["linear.cu", "linear.cuh", "linear_tile.cuh", "linear_finish.cuh", "linear_relay.cuh", "api.h"] {
-        fs::write(folder.path().join(name), read(&format!("cuda/{name}"))).unwrap();
+    let files = ["linear.cu", "linear.cuh", "linear_tile.cuh", "linear_finish.cuh", "linear_relay.cuh", "api.h"];
+    let told =
+        ["barrier.cuh", "cluster.cuh", "copies.cuh", "wgmma.cuh", "words.cuh", "rows.cuh", "cuda.h", "cuda_runtime.h"];
+    copy(folder.path(), &files, &told, "gpu.h");
+    holds("linear", folder.path(), &FIBERS, "80");
+}
+
+/// The same, but for entry points and where a block's shared memory is.
+#[test]
+fn decode_attention_is_attention() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = ["decode.cuh", "decode_own.cuh", "paged_kv.cuh", "state.cuh", "api.h"];
+    let told = ["barrier.cuh", "copies.cuh", "matrix.cuh", "e4m3.cuh", "rows.cuh", "cuda.h", "cuda_runtime.h"];
+    copy(folder.path(), &files, &told, "matrix.h");
+    let shared = "extern __shared__ __align__(1024) uint8_t dynamic[];";
+    let here = "uint8_t *const dynamic = gpu::my_block().shared.data() + gpu::SHARED_BASE;";
+    let until = |text: String, mark: &str| text[..text.find(mark).expect("entry points")].to_owned();
+    let decode = until(replace(&read("cuda/attention_decode.cu"), shared, here), "// The narrow ones leave");
+    // A block at a time.
+    let plan = read("cuda/decode_plan.cu").replace("    __shared__ ", "    static ");
+    let join = until(read("cuda/decode_join.cu").replace("    __shared__ ", "    static "), "extern \"C\"");
+    for (name, text) in [("attention_decode.cu", decode), ("decode_plan.cu", plan), ("decode_join.cu", join)] {
+        fs::write(folder.path().join(name), text).unwrap();
     }
-    for name in
-        ["barrier.cuh", "cluster.cuh", "copies.cuh", "wgmma.cuh", "words.cuh", "rows.cuh", "cuda.h", "cuda_runtime.h"]
-    {
-        fs::write(folder.path().join(name), "#include \"gpu.h\"\n").unwrap();
-    }
-    // Fibers jump from stack to stack, which fortified jumps take for an error.
-    let options = ["-O2", "-U_FORTIFY_SOURCE", "-fsanitize=undefined", "-include", "gpu.h"];
-    holds("linear", folder.path(), &options, "80");
+    holds("decode", folder.path(), &[&FIBERS[..], &["-D__CUDA_ARCH__=900"]].concat(), "80");
 }

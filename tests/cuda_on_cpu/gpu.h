@@ -1,6 +1,7 @@
-// A GPU whose threads are fibers of one thread of the CPU: what cuda/linear.cu and its
+// A GPU whose threads are fibers of one thread of the CPU: what kernels and their
 // headers take from the language, and from barrier.cuh, cluster.cuh, copies.cuh,
-// wgmma.cuh, words.cuh and rows.cuh, in whose place this stands.
+// wgmma.cuh, words.cuh and rows.cuh, in whose place this stands; matrix.h stands in
+// that of matrix.cuh and e4m3.cuh.
 //
 // Which thread goes on is drawn from a seed, blocks and warps of a sudden faster or
 // slower than others; copies, sums sent to another block and words stored without a
@@ -47,7 +48,8 @@ struct alignas(128) CUtensorMap {
     const uint8_t *base;
     uint64_t strides[5]; // bytes
     uint32_t dims[5], box[5];
-    uint32_t rank, reserved;
+    uint32_t rank;
+    uint32_t swizzle; // of 128 bytes (0), of 64 (1), none (2)
     uint64_t unused[4];
 };
 static_assert(sizeof(CUtensorMap) == 128, "as on a GPU");
@@ -105,7 +107,12 @@ static Events pending, stores; // what happens by itself; and words that are on 
 static uint32_t late;          // one step of so many, a word arrives
 static jmp_buf scheduler;
 static uint32_t here, clock_now, ended;
+static uint32_t barriers_at = SHARED_BASE; // where a block's barriers begin
 static std::function<void()> kernel;
+// What the kernel before writes, which is there only when that one is over.
+static std::function<void()> previous;
+static bool over;
+static Waiting before;
 
 static uint32_t draw(uint32_t below) { return source() % below; }
 
@@ -159,12 +166,14 @@ static void happen(Events &events) {
     what();
 }
 
-// Runs a kernel to its end: so many blocks of so many threads.
-static void launch(uint64_t seed, uint32_t count, uint32_t threads, std::function<void()> what) {
+// Runs a kernel to its end: so many blocks of so many threads; or of a grid of `all`
+// those from `first` on.
+static void launch(uint64_t seed, uint32_t count, uint32_t threads, std::function<void()> what, uint32_t first = 0, uint32_t all = 0) {
     source.seed(seed);
     late = 8u << 3 * draw(3);
     kernel = std::move(what);
-    gridDim.x = count, ended = 0;
+    gridDim.x = max(count, all), ended = 0, over = !previous;
+    const uint32_t takes = 1u << 2 * draw(7); // the kernel before, from now on
     blocks.assign(count, {});
     clusters.assign(count / CLUSTER, {});
     fibers.resize(count * threads);
@@ -190,20 +199,26 @@ static void launch(uint64_t seed, uint32_t count, uint32_t threads, std::functio
         if (step % 4096 == 0)
             for (Block &block : blocks)
                 block.speed = 1u << 2 * draw(5), block.slow = draw(threads / 32);
-        uint32_t all = 0;
+        uint32_t can = 0;
         for (Block &block : blocks)
-            all += block.ready.empty() ? 0 : block.speed;
-        if (!pending.empty() && (all == 0 || draw(8) == 0)) {
+            can += block.ready.empty() ? 0 : block.speed;
+        if (!pending.empty() && (can == 0 || draw(8) == 0)) {
             happen(pending);
             continue;
         }
-        if (!stores.empty() && (all == 0 || draw(late) == 0)) {
+        if (!stores.empty() && (can == 0 || draw(late) == 0)) {
             happen(stores);
             continue;
         }
-        if (all == 0)
+        if (!over && (can == 0 || draw(takes) == 0)) {
+            previous();
+            over = true;
+            wake(before);
+            continue;
+        }
+        if (can == 0)
             break;
-        uint32_t at = draw(all), b = 0;
+        uint32_t at = draw(can), b = 0;
         for (;; b++) {
             const uint32_t speed = blocks[b].ready.empty() ? 0 : blocks[b].speed;
             if (at < speed)
@@ -218,7 +233,7 @@ static void launch(uint64_t seed, uint32_t count, uint32_t threads, std::functio
         }
         here = ready.back();
         ready.pop_back();
-        threadIdx.x = me().thread, blockIdx.x = me().block;
+        threadIdx.x = me().thread, blockIdx.x = first + me().block;
         go_on(me());
     }
     if (ended < fibers.size())
@@ -265,9 +280,9 @@ static uint8_t *memory(uint32_t block, uint32_t offset, uint32_t bytes) {
 }
 
 static Barrier &barrier(uint32_t block, uint32_t offset) {
-    if (offset % 8 != 0 || (offset - SHARED_BASE) / 8 >= BARRIERS)
+    if (offset % 8 != 0 || (offset - barriers_at) / 8 >= BARRIERS)
         fail("no place for a barrier");
-    return blocks[block].barriers[(offset - SHARED_BASE) / 8];
+    return blocks[block].barriers[(offset - barriers_at) / 8];
 }
 
 static void settle(Barrier &barrier) {
@@ -290,8 +305,11 @@ static void land(Barrier &barrier, uint32_t bytes) {
 }
 
 // Where the copy engine puts what lies at `at` of a matrix, and the matrix unit looks
-// for it: 16 bytes of a row of 128 change places by the row.
-static uint32_t swizzled(uint32_t at) { return at ^ (at >> 7 & 7) << 4; }
+// for it: 16 bytes of a row of 128 (of 64) change places by the row.
+static uint32_t swizzled(uint32_t at, uint32_t swizzle = 0) {
+    constexpr uint32_t ROWS[] = {7, 3, 0};
+    return at ^ (at >> 7 & ROWS[swizzle]) << 4;
+}
 
 // A box that goes no further than the cache.
 static void fetch(const CUtensorMap &map, const std::vector<uint32_t> &first) {
@@ -317,7 +335,7 @@ static void copy(uint32_t block, uint32_t to, const CUtensorMap &map, const std:
             uint16_t bits = 0;
             if (inside)
                 memcpy(&bits, from, 2);
-            memcpy(memory(block, swizzled(to + i * 2), 2), &bits, 2);
+            memcpy(memory(block, swizzled(to + i * 2, map.swizzle), 2), &bits, 2);
         }
         land(barrier(block, landing), elements * 2);
     });
@@ -383,8 +401,16 @@ static void fence_copies() {}
 
 // ---- barrier.cuh ----
 
-static uint32_t shared_address(const void *) { return gpu::SHARED_BASE; }
-static void wait_for_previous() { gpu::yield(); }
+// What is not in the block's memory is what a kernel calls all of it.
+static uint32_t shared_address(const void *p) {
+    const uint64_t at = static_cast<const uint8_t *>(p) - gpu::my_block().shared.data();
+    return at < gpu::my_block().shared.size() ? at : gpu::SHARED_BASE;
+}
+static void wait_for_previous() {
+    gpu::yield();
+    if (!gpu::over)
+        gpu::wait(gpu::before);
+}
 static void launch_next() {}
 static gpu::Barrier &barrier_at(uint32_t at) { return gpu::barrier(gpu::block_at(at), gpu::offset_at(at)); }
 static void barrier_init(uint32_t at, uint32_t arrivals) { barrier_at(at).count = barrier_at(at).pending = arrivals; }
@@ -439,12 +465,15 @@ static void copy_box_3(uint32_t to, const CUtensorMap *map, uint32_t b, uint32_t
 static void copy_box_3_kept(uint32_t to, const CUtensorMap *map, uint32_t b, uint32_t c, uint32_t barrier) {
     copy_box_3(to, map, b, c, barrier);
 }
+static void copy_box_4(uint32_t to, const void *map, uint32_t d, uint32_t barrier) {
+    gpu::copy(gpu::me().block, to, *static_cast<const CUtensorMap *>(map), {0, 0, 0, d}, barrier);
+}
 static void fetch_box_3(const CUtensorMap *map, uint32_t b, uint32_t c) { gpu::fetch(*map, {0, b, c}); }
 static void fetch_box_5(const CUtensorMap *map, uint32_t d, uint32_t e) { gpu::fetch(*map, {0, 0, 0, d, e}); }
 static void copy_box_5(uint32_t to, const CUtensorMap *map, uint32_t d, uint32_t e, uint32_t barrier) {
     gpu::copy(gpu::me().block, to, *map, {0, 0, 0, d, e}, barrier);
 }
-static void prefetch_map(const CUtensorMap *) {}
+static void prefetch_map(const void *) {}
 
 // ---- wgmma.cuh ----
 

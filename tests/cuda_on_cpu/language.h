@@ -7,6 +7,7 @@
 #include <cstring>
 
 #define __device__
+#define __host__
 #define __forceinline__ inline
 using std::max;
 using std::min;

@@ -40,7 +40,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("rows", kernels::rows),
     ("fp8", fp8::fp8),
     ("handed", decode::handed),
-    ("short", decode::short),
+    ("turned", decode::turned),
     ("choices", kernels::choices),
     ("goldens", goldens::all_local),
     ("borrowed", goldens::most_elsewhere),

@@ -1,0 +1,121 @@
+// Decode attention (cuda/decode_plan.cu, attention_decode.cu, decode_join.cu) on a GPU
+// of fibers (gpu.h) beside plain attention: random sequences, windows, pools and rings.
+//
+//     decode CASES [SEED]
+#include "matrix.h"
+
+#include "attention_decode.cu"
+#include "decode_join.cu"
+#include "decode_plan.cu"
+
+#include "attention.h"
+
+using namespace distkv;
+
+struct Case : Sequences {
+    uint32_t grid, slots_of_ring, box_rows, together;
+    bool narrow;
+
+    Case() {
+        const uint32_t sizes[] = {16, 32, 48, 64, 256};
+        d = one_in(2) ? 64 : 128, kv_heads = pick(1, 5), tokens = sizes[pick(0, 5)], fp8 = one_in(3);
+        narrow = one_in(2), group = pick(1, narrow ? 9 : 17), window = one_in(3) ? pick(1, 200) : 0;
+        own = narrow && one_in(2), normed = own && one_in(3), interleaved = false, pairs = d / 2;
+        grid = pick(1, 6), slots_of_ring = pick(2, 6);
+        for (uint32_t left = pick(1, 4); left > 0; left--) {
+            const uint32_t count = own || one_in(2) ? 1 : pick(1, (narrow ? 8 : DECODE_TILE) / group + 1);
+            add(one_in(8) ? 0 : pick(0, one_in(3) ? 600 : 150), count);
+        }
+        fill();
+        // As src/device/cuda/attend.rs has it.
+        together = 1, box_rows = tokens % 64 == 0 ? 64 : tokens % 32 == 0 ? 32 : 16;
+        if (64 % tokens == 0) {
+            for (together = 8; kv_heads % together != 0 || together > 64 / tokens;)
+                together /= 2;
+            box_rows = together * tokens;
+        }
+    }
+};
+
+static CUtensorMap map_of(const Case &c, const std::vector<uint8_t> &pool) {
+    const uint32_t d = c.fp8 ? c.d / 2 : c.d, width = d % 64 == 0 ? 64 : d % 32 == 0 ? 32 : d;
+    CUtensorMap map{pool.data()};
+    const uint32_t dims[] = {width, 8, d / width, uint32_t(pool.size()) / (d * 2) / 8}, box[] = {width, 8, d / width, c.box_rows / 8};
+    const uint64_t strides[] = {2, 2 * d, 2 * width, 16 * d};
+    map.rank = 4, map.swizzle = width == 64 ? 0 : width == 32 ? 1 : 2;
+    for (uint32_t i = 0; i < 4; i++)
+        map.dims[i] = dims[i], map.box[i] = box[i], map.strides[i] = strides[i];
+    return map;
+}
+
+// What kernels are given; outlives their fibers.
+static DecodePlan plan;
+static Decode decode_arguments;
+static DecodeJoin join_arguments;
+
+template <class K, uint32_t D> uint32_t full_at() {
+    using Block = Shared<K, D>;
+    return offsetof(Block, full);
+}
+template <class K, uint32_t D> void run(const Case &c, uint64_t seed) {
+    gpu::barriers_at = gpu::SHARED_BASE + c.slots_of_ring * Shape<K, D>::SLOT + full_at<K, D>();
+    gpu::launch(seed, c.grid, Shape<K, D>::THREADS, [&c] {
+        c.own      ? decode<Element, K, D, 1, true>(decode_arguments)
+        : c.narrow ? decode<Element, K, D, 1>(decode_arguments)
+                   : decode<Element, K, D, 2>(decode_arguments);
+    });
+}
+
+static bool check(uint32_t seed, double &worst) {
+    const Case c;
+    printf("seed %u: %s%u heads, %u of kv, of %u, %s, blocks of %u, window %u, %u blocks, %u slots:", seed, c.own ? "own, " : "", c.heads(), c.kv_heads, c.d,
+           c.fp8 ? "fp8" : "bf16", c.tokens, c.window, c.grid, c.slots_of_ring);
+    for (const Seq &seq : c.seqs)
+        printf(" %u at %u", seq.rows, seq.position);
+    printf("\n");
+    fflush(stdout);
+    std::vector<uint8_t> pool = c.pool;
+    c.clear_own(pool);
+    std::vector<Element> o(c.rows() * c.heads() * c.d, Element{0xffff}), qkv(c.qkv.size(), Element{0xffff});
+    std::vector<float> lse(c.rows() * c.heads(), NAN), parts(c.grid * 2 * c.together * DECODE_TILE * (c.d + 2), NAN);
+    std::vector<DecodeItem> items(c.grid + c.seqs.size() * c.kv_heads / c.together);
+    std::vector<DecodeSpan> spans(c.seqs.size() + 1);
+    std::vector<DecodeCut> cuts(c.grid + 1);
+    memset(items.data(), 0xff, items.size() * sizeof(DecodeItem));
+    const Step step{c.rows(), uint32_t(c.seqs.size()), c.rows(), 0};
+    const float scale = 1 / sqrtf(c.d);
+    plan = {&step, c.seqs.data(), c.pages.data(), items.data(), spans.data(), cuts.data(), c.heads(), c.kv_heads, c.d, c.tokens,
+            c.window, c.box_rows, c.together, c.grid, 1, 0};
+    gpu::previous = nullptr;
+    gpu::launch(seed * 3, 1, 1024, [] { decode_plan(plan); });
+
+    const CUtensorMap map = map_of(c, pool);
+    decode_arguments = {qkv.data(), pool.data(), &map, o.data(), lse.data(), c.pages.data(), items.data(), parts.data(), 0, c.heads(),
+                        c.kv_heads, c.tokens, c.window, c.box_rows, c.together, c.slots_of_ring, scale, 1e-6f,
+                        c.table.data(), c.norm_of_q(), c.norm_of_k(), c.slots.data()};
+    gpu::previous = [&] { qkv = c.qkv, pool = c.pool; };
+    if (c.fp8)
+        c.d == 64 ? run<E4m3, 64>(c, seed * 3 + 1) : run<E4m3, 128>(c, seed * 3 + 1);
+    else
+        c.d == 64 ? run<Element, 64>(c, seed * 3 + 1) : run<Element, 128>(c, seed * 3 + 1);
+
+    join_arguments = {cuts.data(), parts.data(), o.data(), lse.data(), c.heads(), c.kv_heads, c.d, c.together};
+    gpu::previous = nullptr;
+    // Blocks after each other: what they share among their threads stands in one place.
+    const uint32_t blocks = pick(1, 7);
+    for (uint32_t block = 0; block < blocks; block++)
+        gpu::launch(seed * 3 + 2, 1, JOIN_WARPS * 32, [] { join_cuts<Element>(join_arguments); }, block, blocks);
+    return c.is_filled(pool) && c.attends(o, lse, scale, worst);
+}
+
+int main(int count, char **words) {
+    const int cases = atoi(words[1]);
+    const uint32_t first = count > 2 ? atoi(words[2]) : 1;
+    double worst = 0;
+    for (uint32_t seed = first; seed < first + cases; seed++) {
+        choices.seed(seed);
+        if (!check(seed, worst))
+            return 1;
+    }
+    printf("%d cases, o within %.1e\n", cases, worst);
+}
