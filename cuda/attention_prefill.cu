@@ -3,11 +3,10 @@
 // over tiles of keys that cp.async gathers two deep, with the online softmax in
 // registers. Blocks draw (tile, kv head) pairs until none is left.
 #include "e4m3.cuh"
+#include "matrix.cuh"
 #include "prefill_plan.cuh"
+#include "shared.cuh"
 #include "state.cuh"
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 namespace distkv {
 namespace {
@@ -30,61 +29,6 @@ template <class K, uint32_t D> struct Shape {
     static constexpr uint32_t PITCH = (KV_UNITS | 1) * 16; // bytes from a key to the next
     static_assert(D % 16 == 0 && (STRIDE / 8) % 2 == 1, "head_dim is a multiple of 16");
 };
-
-template <class T> struct Element;
-template <> struct Element<__nv_bfloat16> {
-    static __device__ __forceinline__ uint32_t pack(float low, float high) {
-        const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
-        return reinterpret_cast<const uint32_t &>(two);
-    }
-    static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                     "{%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
-};
-template <> struct Element<__half> {
-    static __device__ __forceinline__ uint32_t pack(float low, float high) {
-        const __half2 two = __floats2half2_rn(low, high);
-        return reinterpret_cast<const uint32_t &>(two);
-    }
-    static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                     "{%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    }
-};
-
-__device__ __forceinline__ uint32_t shared_address(const void *p) {
-    return uint32_t(__cvta_generic_to_shared(p));
-}
-
-// 16 bytes to shared memory; zeros where `use` is false, and `from` is not read.
-__device__ __forceinline__ void copy16(uint32_t to, const void *from, bool use) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(use ? 16 : 0) : "memory");
-}
-
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(from)
-                 : "memory");
-}
-
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(from)
-                 : "memory");
-}
-
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
@@ -192,11 +136,11 @@ template <class T, class K, uint32_t D> __device__ __forceinline__ void prefill(
                     const bool use = row != NOWHERE;
                     const K *from = kv + (use ? uint64_t(row) * D + unit * (16 / sizeof(K)) : 0);
                     const uint32_t at = to + key * S::PITCH + unit * 16;
-                    copy16(at, from, use);
-                    copy16(at + TILE_BYTES, from + (use ? uint64_t(p.kv_heads) * p.block_tokens * D : 0), use);
+                    copy_16_if(use, at, from);
+                    copy_16_if(use, at + TILE_BYTES, from + (use ? uint64_t(p.kv_heads) * p.block_tokens * D : 0));
                 }
             }
-            asm volatile("cp.async.commit_group;" ::: "memory");
+            copies_commit();
         };
 
         for (uint32_t i = thread; i < ROWS * S::UNITS; i += THREADS) {
@@ -213,7 +157,7 @@ template <class T, class K, uint32_t D> __device__ __forceinline__ void prefill(
                 words[0] = eight.x, words[4] = eight.y;
                 words[1] = eight.z, words[5] = eight.w;
             } else {
-                copy16(to, q + from, use);
+                copy_16_if(use, to, q + from);
             }
         }
         look_up(tile.begin);
@@ -229,7 +173,7 @@ template <class T, class K, uint32_t D> __device__ __forceinline__ void prefill(
         float max0 = NO_SCORE, max1 = NO_SCORE, sum0 = 0.0f, sum1 = 0.0f;
 
         for (uint32_t t = tile.begin; t < tile.end; ++t) {
-            asm volatile("cp.async.wait_all;" ::: "memory");
+            copies_landed();
             __syncthreads();
             load(t + 1);
             look_up(t + 2);
@@ -250,7 +194,7 @@ template <class T, class K, uint32_t D> __device__ __forceinline__ void prefill(
                         load_matrices(b, k_at + n * 32 * S::PITCH + d * 16);
 #pragma unroll
                         for (uint32_t i = 0; i < 4; ++i) {
-                            Element<T>::mma(s[4 * n + i], a, widen_two<T, 0, 1>(b[i]), widen_two<T, 2, 3>(b[i]));
+                            multiply<T>(s[4 * n + i], a, widen_two<T, 0, 1>(b[i]), widen_two<T, 2, 3>(b[i]));
                         }
                     }
                 } else {
@@ -258,8 +202,8 @@ template <class T, class K, uint32_t D> __device__ __forceinline__ void prefill(
                     for (uint32_t n = 0; n < KEYS / 16; ++n) {
                         uint32_t b[4];
                         load_matrices(b, k_at + n * 16 * S::PITCH + d * 32);
-                        Element<T>::mma(s[2 * n], a, b[0], b[1]);
-                        Element<T>::mma(s[2 * n + 1], a, b[2], b[3]);
+                        multiply<T>(s[2 * n], a, b[0], b[1]);
+                        multiply<T>(s[2 * n + 1], a, b[2], b[3]);
                     }
                 }
             }
@@ -285,18 +229,18 @@ template <class T, class K, uint32_t D> __device__ __forceinline__ void prefill(
             }
             new0 = quad_max(new0);
             new1 = quad_max(new1);
-            const float factor0 = exp2_fast((max0 - new0) * scale);
-            const float factor1 = exp2_fast((max1 - new1) * scale);
+            const float factor0 = fast_exp2((max0 - new0) * scale);
+            const float factor1 = fast_exp2((max1 - new1) * scale);
             max0 = new0;
             max1 = new1;
             sum0 *= factor0;
             sum1 *= factor1;
 #pragma unroll
             for (uint32_t n = 0; n < KEYS / 8; ++n) {
-                s[n][0] = exp2_fast(s[n][0] * scale - max0 * scale);
-                s[n][1] = exp2_fast(s[n][1] * scale - max0 * scale);
-                s[n][2] = exp2_fast(s[n][2] * scale - max1 * scale);
-                s[n][3] = exp2_fast(s[n][3] * scale - max1 * scale);
+                s[n][0] = fast_exp2(s[n][0] * scale - max0 * scale);
+                s[n][1] = fast_exp2(s[n][1] * scale - max0 * scale);
+                s[n][2] = fast_exp2(s[n][2] * scale - max1 * scale);
+                s[n][3] = fast_exp2(s[n][3] * scale - max1 * scale);
                 sum0 += s[n][0] + s[n][1];
                 sum1 += s[n][2] + s[n][3];
             }
@@ -310,10 +254,10 @@ template <class T, class K, uint32_t D> __device__ __forceinline__ void prefill(
 
             // Weights of keys 16 n .. 16 n + 15, as the matrix unit takes them.
             const auto weights = [&](uint32_t n, uint32_t (&a)[4]) {
-                a[0] = Element<T>::pack(s[2 * n][0], s[2 * n][1]);
-                a[1] = Element<T>::pack(s[2 * n][2], s[2 * n][3]);
-                a[2] = Element<T>::pack(s[2 * n + 1][0], s[2 * n + 1][1]);
-                a[3] = Element<T>::pack(s[2 * n + 1][2], s[2 * n + 1][3]);
+                a[0] = pack<T>(s[2 * n][0], s[2 * n][1]);
+                a[1] = pack<T>(s[2 * n][2], s[2 * n][3]);
+                a[2] = pack<T>(s[2 * n + 1][0], s[2 * n + 1][1]);
+                a[3] = pack<T>(s[2 * n + 1][2], s[2 * n + 1][3]);
             };
             if constexpr (S::FP8) {
                 const uint32_t v_at = v + lane * S::PITCH;
@@ -329,8 +273,8 @@ template <class T, class K, uint32_t D> __device__ __forceinline__ void prefill(
 #pragma unroll
                         for (uint32_t i = 0; i < 2; ++i) {
                             const uint32_t low = b[2 * i], high = b[2 * i + 1];
-                            Element<T>::mma(acc[2 * d], a[i], widen_two<T, 0, 2>(low), widen_two<T, 0, 2>(high));
-                            Element<T>::mma(acc[2 * d + 1], a[i], widen_two<T, 1, 3>(low), widen_two<T, 1, 3>(high));
+                            multiply<T>(acc[2 * d], a[i], widen_two<T, 0, 2>(low), widen_two<T, 0, 2>(high));
+                            multiply<T>(acc[2 * d + 1], a[i], widen_two<T, 1, 3>(low), widen_two<T, 1, 3>(high));
                         }
                     }
                 }
@@ -344,13 +288,13 @@ template <class T, class K, uint32_t D> __device__ __forceinline__ void prefill(
                     for (uint32_t d = 0; d < D / 16; ++d) {
                         uint32_t b[4];
                         load_matrices_transposed(b, v_at + n * 16 * S::PITCH + d * 32);
-                        Element<T>::mma(acc[2 * d], a, b[0], b[1]);
-                        Element<T>::mma(acc[2 * d + 1], a, b[2], b[3]);
+                        multiply<T>(acc[2 * d], a, b[0], b[1]);
+                        multiply<T>(acc[2 * d + 1], a, b[2], b[3]);
                     }
                 }
             }
         }
-        asm volatile("cp.async.wait_all;" ::: "memory");
+        copies_landed();
 
         sum0 = quad_sum(sum0);
         sum1 = quad_sum(sum1);
@@ -365,14 +309,14 @@ template <class T, class K, uint32_t D> __device__ __forceinline__ void prefill(
 #pragma unroll
                 for (uint32_t d = 0; d < D / 16; ++d) {
                     const float *even = &acc[2 * d][i], *odd = &acc[2 * d + 1][i];
-                    to[d * 4] = make_uint2(Element<T>::pack(even[0] * factor, odd[0] * factor),
-                                           Element<T>::pack(even[1] * factor, odd[1] * factor));
+                    to[d * 4] = make_uint2(pack<T>(even[0] * factor, odd[0] * factor),
+                                           pack<T>(even[1] * factor, odd[1] * factor));
                 }
             } else {
                 uint32_t *to = reinterpret_cast<uint32_t *>(o + head * D) + lane % 4;
 #pragma unroll
                 for (uint32_t n = 0; n < D / 8; ++n) {
-                    to[n * 4] = Element<T>::pack(acc[n][i] * factor, acc[n][i + 1] * factor);
+                    to[n * 4] = pack<T>(acc[n][i] * factor, acc[n][i + 1] * factor);
                 }
             }
             if (lane % 4 == 0) {

@@ -4,6 +4,7 @@
 #include "barrier.cuh"
 #include "cluster.cuh"
 #include "fp8.cuh"
+#include "matrix.cuh"
 
 namespace distkv {
 namespace fp8 {
@@ -12,13 +13,6 @@ enum End : uint32_t { PLAIN, SWIGLU, ADD, LOGITS };
 
 __device__ __forceinline__ void copy_16(uint32_t to, const uint8_t *from) {
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-
-__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <uint32_t LEFT>
-__device__ __forceinline__ void copies_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
 __device__ __forceinline__ uint4 read_16(uint32_t at) {

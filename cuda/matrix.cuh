@@ -28,6 +28,22 @@ __device__ __forceinline__ void copy_16(uint32_t to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
+// 16 bytes, or zeros where `use` is false: then `from` is not read.
+__device__ __forceinline__ void copy_16_if(bool use, uint32_t to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(use ? 16 : 0) : "memory");
+}
+
+// Ends a group of this thread's copies.
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most `LEFT` groups have not landed.
+template <uint32_t LEFT> __device__ __forceinline__ void copies_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
+// Until all of this thread's copies have landed.
+__device__ __forceinline__ void copies_landed() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Four matrices to four registers; lane l gives the address of row l % 8 of
 // matrix l / 8.
 __device__ __forceinline__ void load_matrices(uint32_t *to, uint32_t at) {

@@ -5,6 +5,7 @@
 #pragma once
 #include "barrier.cuh"
 #include "copies.cuh"
+#include "matrix.cuh"
 #include "prefill_plan.cuh"
 
 namespace distkv {
@@ -169,6 +170,7 @@ __device__ __forceinline__ void feed_keys(const Prefill &p, const void *map, Con
         }
 
         barrier_wait(shared_address(&control.pair_empty[pair_turn.slot]), pair_turn.parity ^ 1);
+        __syncwarp(); // before it is full and empty again: who had not looked yet would wait for ever
         if (lane == 0) {
             control.pair[pair_turn.slot] = pair;
             barrier_arrive(shared_address(&control.pair_full[pair_turn.slot]));
@@ -216,6 +218,7 @@ __device__ __forceinline__ void feed_keys(const Prefill &p, const void *map, Con
         drawn = __shfl_sync(0xffffffff, drawn, 0);
     }
     barrier_wait(shared_address(&control.pair_empty[pair_turn.slot]), pair_turn.parity ^ 1);
+    __syncwarp();
     if (lane == 0) {
         control.pair[pair_turn.slot].seq.rows = NOWHERE;
         barrier_arrive(shared_address(&control.pair_full[pair_turn.slot]));
@@ -271,7 +274,7 @@ feed_values(const Prefill &p, const void *map, Control<D> &control, uint32_t val
                         const uint32_t row = to + i / 8 * S::EIGHT + i % 8 * 128;
                         for (uint32_t unit = 0; unit < S::COLUMNS * 8; ++unit) {
                             const uint32_t at = row + unit / 8 * S::COLUMN + unit % 8 * 16;
-                            asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
+                            shared_zero_4(at);
                         }
                     }
                 }
@@ -308,10 +311,9 @@ __device__ __forceinline__ void feed_queries(const Prefill &p, Control<D> &contr
                                             (pair.head * group + m % group) * D + unit * 8
                                       : 0;
             const uint32_t at = to + unit / 8 * S::ROWS * 128 + row * 128 + ((unit % 8) ^ (row % 8)) * 16;
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(q + from), "r"(use ? 16 : 0)
-                         : "memory");
+            copy_16_if(use, at, q + from);
         }
-        asm volatile("cp.async.wait_all;" ::: "memory");
+        copies_landed();
         fence_async_proxy();
         barrier_arrive(shared_address(&control.query_full[query_turn.slot]));
         query_turn.next();

@@ -16,6 +16,10 @@ __device__ __forceinline__ uint4 shared_load_4(uint32_t from) {
     return v;
 }
 
+__device__ __forceinline__ void shared_zero_4(uint32_t at) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
+}
+
 // Writes, if `so`, one of two values (`second` 0 or 1). Choice and condition are in
 // here, as sums of the matrix unit that the compiler moves about hold products up.
 __device__ __forceinline__ void store_shared_if(bool so, uint32_t to, float a, float b, uint32_t second) {

@@ -82,8 +82,14 @@ fn copy(folder: &Path, files: &[&str], told: &[&str], by: &str) {
     }
 }
 
-/// Fibers jump from stack to stack, which fortified jumps take for an error.
-const FIBERS: [&str; 5] = ["-O2", "-U_FORTIFY_SOURCE", "-fsanitize=undefined", "-include", "gpu.h"];
+/// What a program of fibers is compiled with, and more. They jump from stack to stack,
+/// which fortified jumps take for an error.
+fn fibers<'a>(more: &[&'a str]) -> Vec<&'a str> {
+    [&["-O2", "-U_FORTIFY_SOURCE", "-fsanitize=undefined", "-include", "gpu.h"], more].concat()
+}
+
+/// Where a block's shared memory begins.
+const DYNAMIC: &str = "gpu::my_block().shared.data() + gpu::SHARED_BASE;";
 
 /// As they are but for the headers that say how a GPU is told, in whose place `gpu.h`
 /// stands.
@@ -94,25 +100,81 @@ fn linear_layers_wait_for_what_they_read() {
     let told =
         ["barrier.cuh", "cluster.cuh", "copies.cuh", "wgmma.cuh", "words.cuh", "rows.cuh", "cuda.h", "cuda_runtime.h"];
     copy(folder.path(), &files, &told, "gpu.h");
-    holds("linear", folder.path(), &FIBERS, "80");
+    holds("linear", folder.path(), &fibers(&[]), "80");
 }
 
-/// The same, but for entry points and where a block's shared memory is.
+/// A kernel's text up to its entry points, with its memory where a block's is.
+fn body(path: &str, until: &str, memory: &[(&str, &str)]) -> String {
+    let mut text = read(path);
+    for (declared, here) in memory {
+        text = replace(&text, declared, here);
+    }
+    text[..text.find(until).expect("entry points")].to_owned()
+}
+
+/// A kernel that is run a block at a time.
+fn in_turn(text: &str) -> String {
+    text.replace("    __shared__ ", "    static ")
+}
+
+/// The same, but for entry points and where a block's shared memory is; on Hopper, and
+/// on GPUs before it.
 #[test]
 fn decode_attention_is_attention() {
     let folder = tempfile::tempdir().unwrap();
     let files = ["decode.cuh", "decode_own.cuh", "paged_kv.cuh", "state.cuh", "api.h"];
     let told = ["barrier.cuh", "copies.cuh", "matrix.cuh", "e4m3.cuh", "rows.cuh", "cuda.h", "cuda_runtime.h"];
     copy(folder.path(), &files, &told, "matrix.h");
-    let shared = "extern __shared__ __align__(1024) uint8_t dynamic[];";
-    let here = "uint8_t *const dynamic = gpu::my_block().shared.data() + gpu::SHARED_BASE;";
-    let until = |text: String, mark: &str| text[..text.find(mark).expect("entry points")].to_owned();
-    let decode = until(replace(&read("cuda/attention_decode.cu"), shared, here), "// The narrow ones leave");
-    // A block at a time.
-    let plan = read("cuda/decode_plan.cu").replace("    __shared__ ", "    static ");
-    let join = until(read("cuda/decode_join.cu").replace("    __shared__ ", "    static "), "extern \"C\"");
+    let here = format!("uint8_t *const dynamic = {DYNAMIC}");
+    let shared = [("extern __shared__ __align__(1024) uint8_t dynamic[];", &*here)];
+    let decode = body("cuda/attention_decode.cu", "// The narrow ones leave", &shared);
+    let join = in_turn(&body("cuda/decode_join.cu", "extern \"C\"", &[]));
+    let plan = in_turn(&read("cuda/decode_plan.cu"));
     for (name, text) in [("attention_decode.cu", decode), ("decode_plan.cu", plan), ("decode_join.cu", join)] {
         fs::write(folder.path().join(name), text).unwrap();
     }
-    holds("decode", folder.path(), &[&FIBERS[..], &["-D__CUDA_ARCH__=900"]].concat(), "80");
+    for architecture in ["-D__CUDA_ARCH__=900", "-D__CUDA_ARCH__=800"] {
+        holds("decode", folder.path(), &fibers(&[architecture]), "60");
+    }
+}
+
+/// Likewise, by both kernels.
+#[test]
+fn prefill_attention_is_attention() {
+    let folder = tempfile::tempdir().unwrap();
+    let files = ["prefill_plan.cuh", "prefill_feed.cuh", "paged_kv.cuh", "state.cuh", "api.h"];
+    let told =
+        ["barrier.cuh", "copies.cuh", "matrix.cuh", "e4m3.cuh", "wgmma.cuh", "shared.cuh", "cuda.h", "cuda_runtime.h"];
+    copy(folder.path(), &files, &told, "matrix.h");
+    let here = format!("uint8_t *const memory = {DYNAMIC}");
+    let hopper = [
+        ("extern __shared__ uint8_t memory[];", &*here),
+        ("__shared__ Control<D> control;", "Control<D> &control = *(Control<D> *)(memory + control_at<D>());"),
+        (
+            "template <class T, uint32_t D> __device__ __forceinline__ void prefill(",
+            "template <uint32_t D> constexpr uint32_t control_at() {\n    \
+             return Shape<D>::QUERIES * Shape<D>::QUERY_BYTES + 2 * Shape<D>::STAGES * Shape<D>::KEY_BYTES;\n}\n\
+             template <class T, uint32_t D> void prefill(",
+        ),
+    ];
+    let any = [
+        ("extern __shared__ __align__(16) uint8_t memory[];", &*here),
+        (
+            "__shared__ Lookup<KEYS> lookup;",
+            "Lookup<KEYS> &lookup = *(Lookup<KEYS> *)(memory + ROWS * S::STRIDE * 2 + 4 * KEYS * S::PITCH);",
+        ),
+        ("__shared__ uint32_t drawn;", "uint32_t &drawn = *(uint32_t *)(&lookup + 1);"),
+    ];
+    let entries = "#ifdef __CUDA_ARCH_FEAT_SM90_ALL\n#define BODY";
+    let hopper = body("cuda/attention_prefill_sm90.cu", entries, &hopper) + "}\n";
+    let any = body("cuda/attention_prefill.cu", "#define PREFILL(", &any) + "}\n";
+    // Both call their threads so.
+    let plan = in_turn(&read("cuda/prefill_plan.cu")).replace("THREADS", "PLAN_THREADS");
+    for (name, text) in
+        [("attention_prefill_sm90.cu", hopper), ("attention_prefill.cu", any), ("prefill_plan.cu", plan)]
+    {
+        fs::write(folder.path().join(name), text).unwrap();
+    }
+    holds("prefill", folder.path(), &fibers(&["-DHOPPER", "-D__CUDA_ARCH_FEAT_SM90_ALL"]), "30");
+    holds("prefill", folder.path(), &fibers(&[]), "60");
 }

@@ -12,7 +12,7 @@ namespace distkv {
 
 using Element = __nv_bfloat16;
 
-static std::mt19937 choices(7);
+static std::mt19937 choices;
 static uint32_t pick(uint32_t from, uint32_t below) { return from + choices() % (below - from); }
 static bool one_in(uint32_t n) { return pick(0, n) == 0; }
 static float noise() { return float(pick(0, 20001)) / 10000.0f - 1.0f; }
@@ -151,13 +151,17 @@ struct Sequences {
         return true;
     }
 
-    // Whether this is attention; `worst` becomes the distance of o, if that is more.
-    bool attends(const std::vector<Element> &o, const std::vector<float> &lse, float scale, double &worst) const {
+    // Whether this is attention; `worst` becomes the distance of o, if that is more. Of
+    // sequences with `rows_at_least` rows times heads of a group, if not of all.
+    bool attends(const std::vector<Element> &o, const std::vector<float> &lse, float scale, double &worst,
+                 uint32_t rows_at_least = 0) const {
         const std::vector<uint8_t> all = filled();
         double apart = 0, length = 0;
         for (const Seq &seq : seqs)
             for (uint32_t i = seq.row * heads(); i < (seq.row + seq.rows) * heads(); i++) {
                 const uint32_t row = i / heads(), h = i % heads() / group, position = seq.position + row - seq.row;
+                if (seq.rows * group < rows_at_least)
+                    continue;
                 const std::vector<double> q = head(row, i % heads());
                 double sum = 0;
                 std::vector<double> sums(d);
@@ -182,10 +186,25 @@ struct Sequences {
                     apart += (got - want) * (got - want), length += want * want;
                 }
             }
-        const double error = sqrt(apart / length);
+        const double error = length == 0 ? 0 : sqrt(apart / length);
         worst = max(worst, error);
         return error < 1e-2 || fail("the distance of o", error, 0);
     }
 };
+
+// CASES [SEED] on the command line: so many cases from that seed on.
+static int run_cases(int count, char **words, bool (*check)(uint32_t seed, double &worst)) {
+    const uint32_t cases = atoi(words[1]), first = count > 2 ? atoi(words[2]) : 1;
+    double worst = 0;
+    for (uint32_t seed = first; seed < first + cases; seed++) {
+        choices.seed(seed);
+        if (!check(seed, worst)) {
+            printf("seed %u\n", seed);
+            return 1;
+        }
+    }
+    printf("%u cases, o within %.1e\n", cases, worst);
+    return 0;
+}
 
 } // namespace distkv

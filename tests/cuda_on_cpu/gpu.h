@@ -71,7 +71,10 @@ struct Fiber {
     std::unique_ptr<char[]> stack;
     uint32_t block, thread;
     uint32_t left; // the cluster's phase in which it arrived
+    uint32_t copies; // of its own that have not landed
+    Waiting landing;
     std::vector<std::function<void()>> multiplications;
+    std::vector<std::vector<std::function<void()>>> groups; // of multiplications
 };
 
 // A barrier in shared memory.
@@ -105,6 +108,7 @@ static std::vector<Meeting> clusters;
 using Events = std::vector<std::function<void()>>;
 static Events pending, stores; // what happens by itself; and words that are on their way
 static uint32_t late;          // one step of so many, a word arrives
+static uint32_t lateness = 1;  // of copies, up to four; more than one where nobody spins
 static jmp_buf scheduler;
 static uint32_t here, clock_now, ended;
 static uint32_t barriers_at = SHARED_BASE; // where a block's barriers begin
@@ -173,6 +177,7 @@ static void launch(uint64_t seed, uint32_t count, uint32_t threads, std::functio
     late = 8u << 3 * draw(3);
     kernel = std::move(what);
     gridDim.x = max(count, all), ended = 0, over = !previous;
+    const uint32_t lands = 8u << 3 * draw(lateness); // one step of so many, a copy
     const uint32_t takes = 1u << 2 * draw(7); // the kernel before, from now on
     blocks.assign(count, {});
     clusters.assign(count / CLUSTER, {});
@@ -185,7 +190,7 @@ static void launch(uint64_t seed, uint32_t count, uint32_t threads, std::functio
         Fiber &fiber = fibers[i];
         if (!fiber.stack)
             fiber.stack.reset(new char[STACK]);
-        fiber.block = i / threads, fiber.thread = i % threads;
+        fiber.block = i / threads, fiber.thread = i % threads, fiber.copies = 0;
         fiber.began = false;
         getcontext(&fiber.begin);
         fiber.begin.uc_stack.ss_sp = fiber.stack.get(), fiber.begin.uc_stack.ss_size = STACK;
@@ -202,7 +207,7 @@ static void launch(uint64_t seed, uint32_t count, uint32_t threads, std::functio
         uint32_t can = 0;
         for (Block &block : blocks)
             can += block.ready.empty() ? 0 : block.speed;
-        if (!pending.empty() && (can == 0 || draw(8) == 0)) {
+        if (!pending.empty() && (can == 0 || draw(lands) == 0)) {
             happen(pending);
             continue;
         }
@@ -451,6 +456,7 @@ static uint32_t nanoseconds() {
     gpu::yield();
     return gpu::clock_now += 1000;
 }
+static void shared_zero_4(uint32_t at) { memset(gpu::memory(gpu::me().block, at, 16), 0, 16); }
 static uint4 shared_load_4(uint32_t from) {
     uint4 v;
     memcpy(&v, gpu::memory(gpu::me().block, from, 16), 16);
@@ -468,6 +474,10 @@ static void copy_box_3_kept(uint32_t to, const CUtensorMap *map, uint32_t b, uin
 static void copy_box_4(uint32_t to, const void *map, uint32_t d, uint32_t barrier) {
     gpu::copy(gpu::me().block, to, *static_cast<const CUtensorMap *>(map), {0, 0, 0, d}, barrier);
 }
+static void copy_box_4_kept(uint32_t to, const void *map, uint32_t a, uint32_t d, uint32_t barrier) {
+    gpu::copy(gpu::me().block, to, *static_cast<const CUtensorMap *>(map), {a, 0, 0, d}, barrier);
+}
+static void fence_async_proxy() {}
 static void fetch_box_3(const CUtensorMap *map, uint32_t b, uint32_t c) { gpu::fetch(*map, {0, b, c}); }
 static void fetch_box_5(const CUtensorMap *map, uint32_t d, uint32_t e) { gpu::fetch(*map, {0, 0, 0, d, e}); }
 static void copy_box_5(uint32_t to, const CUtensorMap *map, uint32_t d, uint32_t e, uint32_t barrier) {
@@ -477,40 +487,86 @@ static void prefetch_map(const void *) {}
 
 // ---- wgmma.cuh ----
 
-static uint64_t operand(uint32_t address, uint32_t, uint32_t) { return address >> 4; }
+static uint64_t operand(uint32_t address, uint32_t column, uint32_t eight) {
+    return uint64_t(address) >> 4 | uint64_t(column >> 4) << 16 | uint64_t(eight >> 4) << 32;
+}
+template <uint32_t N> void registers_less() {}
+template <uint32_t N> void registers_more() {}
+template <class V, uint32_t N> void pin(V (&)[N]) {}
 static void wgmma_fence() {}
-static void wgmma_commit() {}
-template <uint32_t LEFT> void wgmma_wait() {
-    static_assert(LEFT == 0, "all of them");
-    __syncwarp(); // a warp waits as one
-    for (auto &multiplication : gpu::me().multiplications)
-        multiplication();
+// Groups happen at once, or when they are waited for: then what was given back before
+// shows.
+static void wgmma_happen(uint32_t left) {
+    auto &groups = gpu::me().groups;
+    for (; groups.size() > left; groups.erase(groups.begin()))
+        for (auto &multiplication : groups.front())
+            multiplication();
+}
+static void wgmma_commit() {
+    gpu::me().groups.push_back(std::move(gpu::me().multiplications));
     gpu::me().multiplications.clear();
+    if (gpu::draw(2) == 0)
+        wgmma_happen(0);
+}
+template <uint32_t LEFT> void wgmma_wait() {
+    __syncwarp(); // a warp waits as one
+    wgmma_happen(LEFT);
     __syncwarp();
 }
-// Happens when it is waited for: what was given back before shows.
 template <class T, uint32_t N> struct Wgmma {
-    static void ss(float (&c)[N / 2], uint64_t a, uint64_t b, uint32_t add);
-};
-template <class T, uint32_t N> void Wgmma<T, N>::ss(float (&c)[N / 2], uint64_t a, uint64_t b, uint32_t add) {
-    const uint32_t block = gpu::me().block, lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    const auto element = [block](uint64_t matrix, uint32_t row, uint32_t k) {
-        const uint32_t at = uint32_t(matrix << 4) + row / 8 * 1024 + row % 8 * 128 + k * 2;
+    // Of an operand in shared memory: rows of 16 elements, or columns if it is turned.
+    static float element(uint32_t block, uint64_t matrix, bool turned, uint32_t row, uint32_t k) {
+        const uint32_t base = uint32_t(matrix & 0xffff) << 4, column = uint32_t(matrix >> 16 & 0xffff) << 4;
+        const uint32_t eight = uint32_t(matrix >> 32 & 0xffff) << 4;
+        const uint32_t at = turned ? base + row / 64 * column + k / 8 * eight + k % 8 * 128 + row % 64 * 2
+                                   : base + row / 8 * eight + row % 8 * 128 + k * 2;
         T x;
         memcpy(&x, gpu::memory(block, gpu::swizzled(at), 2), 2);
         return to_float(x);
-    };
-    float *to = c;
-    gpu::me().multiplications.push_back([=] {
-        for (uint32_t i = 0; i < N / 2; i++) {
-            const uint32_t feature = 16 * warp + lane / 4 + 8 * (i % 4 / 2), row = i / 4 * 8 + 2 * (lane % 4) + i % 2;
-            float sum = 0.0f;
-            for (uint32_t k = 0; k < 16; k++)
-                sum += element(a, feature, k) * element(b, row, k);
-            to[i] = (add ? to[i] : 0.0f) + sum;
-        }
-    });
-}
+    }
+    // Of A, a lane has rows lane / 4 of its warp's 16 and 8 further: a(row, k).
+    template <class A> static void happens(float *to, bool turned, uint64_t b, bool add, A a) {
+        const uint32_t block = gpu::me().block, lane = threadIdx.x % 32;
+        gpu::me().multiplications.push_back([=] {
+            float left[2][16], right[16];
+            for (uint32_t i = 0; i < 32; i++)
+                left[i / 16][i % 16] = a(lane / 4 + i / 16 * 8, i % 16);
+            for (uint32_t i = 0; i < N / 4; i++) {
+                for (uint32_t k = 0; k < 16; k++)
+                    right[k] = element(block, b, turned, i / 2 * 8 + 2 * (lane % 4) + i % 2, k);
+                for (uint32_t half = 0; half < 2; half++) {
+                    float sum = 0.0f;
+                    for (uint32_t k = 0; k < 16; k++)
+                        sum += left[half][k] * right[k];
+                    float &at = to[i / 2 * 4 + half * 2 + i % 2];
+                    at = (add ? at : 0.0f) + sum;
+                }
+            }
+        });
+    }
+    static void ss(float (&c)[N / 2], uint64_t a, uint64_t b, uint32_t add) {
+        const uint32_t block = gpu::me().block, warp = threadIdx.x / 32 % 4;
+        happens(c, false, b, add, [=](uint32_t row, uint32_t k) { return element(block, a, false, warp * 16 + row, k); });
+    }
+    template <bool TURNED> static void rs(float (&c)[N / 2], const uint32_t *a, uint64_t b, uint32_t add) {
+        const uint32_t row_lanes = threadIdx.x % 32 / 4 * 4;
+        struct Four {
+            const uint32_t *lane[4];
+        };
+        gpu::my_block().lanes[threadIdx.x] = reinterpret_cast<uint64_t>(a);
+        __syncwarp();
+        Four of_row;
+        for (uint32_t i = 0; i < 4; i++)
+            of_row.lane[i] = reinterpret_cast<const uint32_t *>(gpu::my_block().lanes[threadIdx.x / 32 * 32 + row_lanes + i]);
+        __syncwarp();
+        happens(c, TURNED, b, add, [=](uint32_t row, uint32_t k) {
+            const uint32_t word = of_row.lane[k % 8 / 2][row / 8 + k / 8 * 2];
+            T two[2];
+            memcpy(two, &word, 4);
+            return to_float(two[k % 2]);
+        });
+    }
+};
 
 // ---- cluster.cuh ----
 

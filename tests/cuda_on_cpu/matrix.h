@@ -5,12 +5,20 @@
 
 #define __ldcg(from) (*(from))
 static uint32_t __ffs(uint32_t x) { return __builtin_ffs(x); }
+static uint32_t __clz(uint32_t x) { return x == 0 ? 32 : __builtin_clz(x); }
 static uint32_t __popc(uint32_t x) { return __builtin_popcount(x); }
 static float2 make_float2(float x, float y) { return {x, y}; }
 static uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+static uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+static void __trap() { gpu::fail("a trap"); }
 static uint32_t atomicAdd(uint32_t *to, uint32_t v) {
     const uint32_t before = *to;
     *to += v;
+    return before;
+}
+static uint32_t atomicMax(uint32_t *to, uint32_t v) {
+    const uint32_t before = *to;
+    *to = max(before, v);
     return before;
 }
 
@@ -38,6 +46,20 @@ static uint32_t __ballot_sync(uint32_t, bool so) {
     });
 }
 static bool __any_sync(uint32_t, bool so) { return __ballot_sync(~0u, so) != 0; }
+static uint32_t __reduce_add_sync(uint32_t, uint32_t x) {
+    return gpu::together(x, [](const uint64_t *lanes) {
+        uint32_t sum = 0;
+        for (uint32_t lane = 0; lane < 32; lane++)
+            sum += uint32_t(lanes[lane]);
+        return sum;
+    });
+}
+static uint32_t __reduce_max_sync(uint32_t, uint32_t x) {
+    return gpu::together(x, [](const uint64_t *lanes) { return uint32_t(*std::max_element(lanes, lanes + 32)); });
+}
+static uint32_t __shfl_xor_sync(uint32_t, uint32_t x, uint32_t mask) {
+    return gpu::exchange(x, threadIdx.x % 32 ^ mask);
+}
 static uint32_t __shfl_up_sync(uint32_t, uint32_t x, uint32_t step) {
     const uint32_t lane = threadIdx.x % 32;
     return gpu::exchange(x, lane < step ? lane : lane - step);
@@ -70,6 +92,29 @@ static uint32_t word_at(uint32_t at) {
     uint32_t word;
     memcpy(&word, gpu::memory(gpu::me().block, at, 4), 4);
     return word;
+}
+
+static void copy_16_if(bool use, uint32_t to, const void *from) {
+    const uint32_t fiber = gpu::here, block = gpu::me().block;
+    gpu::me().copies++;
+    gpu::pending.push_back([=] {
+        uint8_t *there = gpu::memory(block, to, 16);
+        use ? memcpy(there, from, 16) : memset(there, 0, 16);
+        if (--gpu::fibers[fiber].copies == 0)
+            gpu::wake(gpu::fibers[fiber].landing);
+    });
+}
+static void copy_16(uint32_t to, const void *from) { copy_16_if(true, to, from); }
+static void arrive_when_landed(uint32_t fiber, gpu::Barrier &barrier) {
+    gpu::pending.push_back([fiber, &barrier] {
+        gpu::fibers[fiber].copies == 0 ? gpu::arrive(barrier) : arrive_when_landed(fiber, barrier);
+    });
+}
+static void barrier_arrive_copies(uint32_t at) { arrive_when_landed(gpu::here, barrier_at(at)); }
+static void copies_commit() {}
+static void copies_landed() {
+    while (gpu::me().copies != 0)
+        gpu::wait(gpu::me().landing);
 }
 
 static void load_matrices(uint32_t *to, uint32_t at) {

@@ -3,7 +3,9 @@
 // are checked where there is no GPU. What a GPU's memory model allows is not.
 //
 // `kernel.inc` is the kernel without its headers, `structs.inc` the structs of
-// cuda/api.h; tests/cuda_on_cpu.rs makes both. The argument says how many cases.
+// cuda/api.h; tests/cuda_on_cpu.rs makes both.
+//
+//     short CASES [SEED]
 #include <pthread.h>
 
 #include <cstdlib>
@@ -141,7 +143,7 @@ struct Case : Sequences {
     }
 };
 
-static bool check(double &worst) {
+static bool check(uint32_t, double &worst) {
     Case c;
     std::vector<uint8_t> pool = c.pool;
     std::vector<Element> o(c.rows() * c.heads() * c.d, Element{0xffff});
@@ -161,13 +163,4 @@ static bool check(double &worst) {
     return c.is_filled(pool) && c.attends(o, lse, scale, worst);
 }
 
-int main(int, char **arguments) {
-    const int cases = atoi(arguments[1]);
-    double worst = 0;
-    for (int turn = 0; turn < cases; turn++)
-        if (!check(worst)) {
-            printf("case %d\n", turn);
-            return 1;
-        }
-    printf("%d cases, o within %.1e\n", cases, worst);
-}
+int main(int count, char **words) { return run_cases(count, words, check); }
