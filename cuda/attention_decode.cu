@@ -508,24 +508,19 @@ template <class T, class K, uint32_t D, uint32_t NT, bool OWN = false> __device_
         attention_decode_narrow_d##D##_##NAME(const __grid_constant__ distkv::Decode p) {                              \
         distkv::decode<T, K, D, 1>(p);                                                                                 \
     }
-#define DECODE_ALL(D)                                                                                                  \
-    DECODE(bf16, __nv_bfloat16, __nv_bfloat16, D)                                                                      \
-    DECODE(f16, __half, __half, D)                                                                                     \
-    DECODE(fp8_bf16, __nv_bfloat16, distkv::E4m3, D)
-DECODE_ALL(64)
-DECODE_ALL(80)
-DECODE_ALL(96)
-DECODE_ALL(128)
-DECODE_ALL(256)
-
 #define DECODE_OWN(NAME, T, K, D)                                                                                      \
     extern "C" __global__ void __launch_bounds__(512, 1)                                                               \
         attention_decode_own_d##D##_##NAME(const __grid_constant__ distkv::Decode p) {                                 \
         distkv::decode<T, K, D, 1, true>(p);                                                                           \
     }
-#define DECODE_OWN_ALL(D)                                                                                              \
-    DECODE_OWN(bf16, __nv_bfloat16, __nv_bfloat16, D)                                                                  \
-    DECODE_OWN(f16, __half, __half, D)                                                                                 \
-    DECODE_OWN(fp8_bf16, __nv_bfloat16, distkv::E4m3, D)
-DECODE_OWN_ALL(64)
-DECODE_OWN_ALL(128)
+#define ALL(KERNELS, D)                                                                                                \
+    KERNELS(bf16, __nv_bfloat16, __nv_bfloat16, D)                                                                     \
+    KERNELS(f16, __half, __half, D)                                                                                    \
+    KERNELS(fp8_bf16, __nv_bfloat16, distkv::E4m3, D)
+ALL(DECODE, 64)
+ALL(DECODE, 80)
+ALL(DECODE, 96)
+ALL(DECODE, 128)
+ALL(DECODE, 256)
+ALL(DECODE_OWN, 64)
+ALL(DECODE_OWN, 128)

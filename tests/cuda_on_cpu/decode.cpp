@@ -39,12 +39,9 @@ struct Case : Sequences {
 
 static CUtensorMap map_of(const Case &c, const std::vector<uint8_t> &pool) {
     const uint32_t d = c.fp8 ? c.d / 2 : c.d, width = d % 64 == 0 ? 64 : d % 32 == 0 ? 32 : d;
-    CUtensorMap map{pool.data()};
-    const uint32_t dims[] = {width, 8, d / width, uint32_t(pool.size()) / (d * 2) / 8}, box[] = {width, 8, d / width, c.box_rows / 8};
-    const uint64_t strides[] = {2, 2 * d, 2 * width, 16 * d};
-    map.rank = 4, map.swizzle = width == 64 ? 0 : width == 32 ? 1 : 2;
-    for (uint32_t i = 0; i < 4; i++)
-        map.dims[i] = dims[i], map.box[i] = box[i], map.strides[i] = strides[i];
+    const uint32_t rows = pool.size() / (d * 2);
+    CUtensorMap map = matrix(pool.data(), {width, 8, d / width, rows / 8}, {d, width, 8 * d}, {width, 8, d / width, c.box_rows / 8});
+    map.swizzle = width == 64 ? 0 : width == 32 ? 1 : 2;
     return map;
 }
 

@@ -54,6 +54,15 @@ struct alignas(128) CUtensorMap {
 };
 static_assert(sizeof(CUtensorMap) == 128, "as on a GPU");
 
+// Strides in elements, from the second dimension on.
+static CUtensorMap matrix(const void *base, std::vector<uint32_t> dims, std::vector<uint64_t> strides, std::vector<uint32_t> box) {
+    CUtensorMap map{static_cast<const uint8_t *>(base)};
+    map.rank = dims.size();
+    for (uint32_t d = 0; d < map.rank; d++)
+        map.dims[d] = dims[d], map.strides[d] = d == 0 ? 2 : strides[d - 1] * 2, map.box[d] = box[d];
+    return map;
+}
+
 // ---- Fibers ----
 
 namespace gpu {

@@ -5,13 +5,10 @@
 //     linear CASES [SEED]
 #include "linear.cu"
 
-using namespace distkv;
-using Element = __nv_bfloat16;
+#include "cases.h"
 
-static std::mt19937 choices;
-static uint32_t pick(uint32_t from, uint32_t below) { return from + choices() % (below - from); }
-static bool one_in(uint32_t n) { return pick(0, n) == 0; }
-static float noise() { return float(pick(0, 20001)) / 10000.0f - 1.0f; }
+using namespace distkv;
+
 static float rounded(float x) { return to_float(from_float<Element>(x)); }
 
 static std::vector<Element> elements(size_t count, float scale) {
@@ -118,14 +115,6 @@ struct Data {
 };
 
 static LinearArgs arguments;
-
-static CUtensorMap matrix(const void *base, std::vector<uint32_t> dims, std::vector<uint64_t> strides, std::vector<uint32_t> box) {
-    CUtensorMap map{static_cast<const uint8_t *>(base)};
-    map.rank = dims.size();
-    for (uint32_t d = 0; d < map.rank; d++)
-        map.dims[d] = dims[d], map.strides[d] = d == 0 ? 2 : strides[d - 1] * 2, map.box[d] = box[d];
-    return map;
-}
 
 static CUtensorMap rows_at_address(const void *base, uint32_t rows, uint32_t ins, uint32_t depth) {
     return matrix(base, {64, rows, ins / 64}, {ins, 64}, {64, rows, depth});

@@ -38,15 +38,10 @@ static Prefill arguments;
 
 #ifdef HOPPER
 static CUtensorMap map_of(const Case &c, const std::vector<uint8_t> &pool, uint32_t keys) {
-    const uint32_t piece = min(c.tokens & -c.tokens, keys & -keys), row = c.d * 2, whole = c.d % 64 == 0;
-    CUtensorMap map{pool.data()};
-    const uint32_t dims[] = {whole ? 64 : c.d, 8, whole ? c.d / 64 : 1, uint32_t(pool.size()) / row / 8};
-    const uint32_t box[] = {64, 8, dims[2], piece / 8};
-    const uint64_t strides[] = {2, row, 128, 8 * row};
-    map.rank = 4;
-    for (uint32_t i = 0; i < 4; i++)
-        map.dims[i] = dims[i], map.box[i] = box[i], map.strides[i] = strides[i];
-    return map;
+    const uint32_t piece = min(c.tokens & -c.tokens, keys & -keys), d = c.d, rows = pool.size() / (d * 2);
+    const bool whole = d % 64 == 0;
+    const uint32_t columns = whole ? d / 64 : 1;
+    return matrix(pool.data(), {whole ? 64 : d, 8, columns, rows / 8}, {d, 64, 8 * d}, {64, 8, columns, piece / 8});
 }
 static CUtensorMap map;
 #endif

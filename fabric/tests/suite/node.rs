@@ -13,7 +13,7 @@ const SLOW: &str = "DISTKV_TEST_SLOW";
 
 /// 1, or what [`SLOW`] says.
 pub fn slowness() -> u32 {
-    std::env::var(SLOW).ok().and_then(|n| n.parse().ok()).unwrap_or(1)
+    std::env::var(SLOW).ok().and_then(|n| n.parse().ok()).unwrap_or(1).max(1)
 }
 
 /// How many rounds a test does that would do `most`.

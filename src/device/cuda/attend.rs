@@ -416,6 +416,7 @@ impl Attention {
         };
         let shape = fit.shape;
         assert!(qkv.cols() >= shape.q_width() && o.cols() == shape.q_width() && lse.cols() == shape.heads, "buffers");
+        assert!(own.is_none() || qkv.cols() == shape.qkv_width(), "fused QKV rows");
         let window = window.unwrap_or(0);
         let kv = self.layer(layer);
         match &fit.kernels {
@@ -490,7 +491,8 @@ impl Attention {
                 together: tiled.unit.together,
             };
             // SAFETY: as above; the plan is of this step, and its memory and that
-            // of the parts are of the sizes that api.h asks for.
+            // of the parts are of the sizes that api.h asks for. Whoever turns has
+            // rows of queries, keys and values, and the step's slots.
             unsafe {
                 let grid = Grid::new(self.blocks(), tiled.unit.threads());
                 let narrow = taken.most * (shape.heads / shape.kv_heads) <= NARROW;

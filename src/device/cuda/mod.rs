@@ -553,16 +553,15 @@ impl Device for CudaDevice {
             if d.attention.fit(&d.kernels, &d.stream, shape, pool)? {
                 d.recorded.clear();
             }
+            let turned = d.rows.turned()?;
             let own = match d.way {
-                Way::Apart => None,
-                Way::Short | Way::Own => Some((d.norms, d.rows.turned()?)),
-            };
-            match (d.way, own) {
-                (Way::Short, Some((norms, turned))) => {
-                    d.attention.run_short(&d.stream, &d.at, rows, window, layer, norms, turned, qkv, o, lse)
+                Way::Short => {
+                    return d.attention.run_short(&d.stream, &d.at, rows, window, layer, d.norms, turned, qkv, o, lse);
                 }
-                (_, own) => d.attention.run(&d.stream, &d.at, &d.taken, window, layer, own, qkv, o, lse),
-            }
+                Way::Own => Some((d.norms, turned)),
+                Way::Apart => None,
+            };
+            d.attention.run(&d.stream, &d.at, &d.taken, window, layer, own, qkv, o, lse)
         });
     }
 
