@@ -416,12 +416,9 @@ struct DecodePlan {
 // columns, `attention_decode_narrow_d<head_dim>_<T>`: MicroAttention of these
 // items over one layer, (o, lse), or parts of it. Cells that end before an
 // item's position are read while the kernel before this one may still run.
-//
-// `attention_decode_own_d<head_dim>_<T>` is the narrow one with `rope_append` in it, for
-// steps whose sequences have one row each, and rotations of all of a head in halves.
 struct Decode {
     const void *qkv;         // T [rows, (heads + 2 kv_heads) * head_dim]: the queries lead each row
-    void *kv;                // T [blocks, 2, kv_heads, block_tokens, head_dim], the layer's (sm_80; own)
+    const void *kv;          // T [blocks, 2, kv_heads, block_tokens, head_dim], the layer's (sm_80)
     const void *kv_map;      // tensor map of the pool, 64-byte aligned (sm_90)
     void *o;                 // T [rows, heads * head_dim]
     float *lse;              // [rows, heads]
@@ -437,11 +434,7 @@ struct Decode {
     uint32_t together;       // as planned
     uint32_t slots;          // of the ring: 2 ..= DECODE_SLOTS
     float scale;
-    float eps;               // own: of the norms
-    const float *table;      // own: [rows, head_dim / 2, 2], by `rope_table`
-    const float *q_norm;     // own: [head_dim]; or null, as k_norm then is
-    const float *k_norm;     // own: [head_dim]
-    const Slot *row_slots;   // own: [rows]
+    uint32_t reserved;
 };
 
 // Joins the parts of shared sequences into (o, lse).

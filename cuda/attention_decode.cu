@@ -17,13 +17,8 @@
 // Keys and values are T, as queries are, or E4M3, which is widened in registers.
 // Of 16 elements of head_dim, lane l of four then holds numbers 4 l .. 4 l + 3 of a
 // key (queries are read to match), and rows 8 apart of O^T are neighbours.
-//
-// OWN: the queries are turned on their way into registers, and a row's own key and
-// value, which nobody has put into the pool yet, are attended to by who begins the
-// sequence; nothing else depends on the kernel before this one.
 #include "copies.cuh"
 #include "decode.cuh"
-#include "decode_own.cuh"
 #include "e4m3.cuh"
 
 namespace distkv {
@@ -96,7 +91,7 @@ struct Found {
     uint32_t tokens;   // that some query may see; 0: it is not brought
 };
 
-template <bool OWN> __device__ __forceinline__ Found find(const Decode &p, const DecodeItem &item, uint32_t cell) {
+__device__ __forceinline__ Found find(const Decode &p, const DecodeItem &item, uint32_t cell) {
     Found found = {0, 0, 0};
     if (cell >= item.end)
         return found;
@@ -109,8 +104,6 @@ template <bool OWN> __device__ __forceinline__ Found find(const Decode &p, const
     uint32_t tokens = filled > offset ? min(filled - offset, size) : 0;
     if (found.position > last_own)
         tokens = 0;
-    else if (OWN)
-        tokens = min(tokens, last_own - found.position);
     if (p.window && tokens && uint64_t(found.position) + tokens - 1 + p.window <= item.position)
         tokens = 0;
     found.tokens = tokens;
@@ -130,22 +123,22 @@ __device__ __forceinline__ void bring_box(const Decode &p, uint32_t to, uint32_t
 #endif
 }
 
-template <class K, uint32_t D, bool OWN>
+template <class K, uint32_t D>
 __device__ __forceinline__ void bring(const Decode &p, const DecodeItem &first, Shared<K, D> &shared, uint32_t ring) {
     const uint32_t lane = threadIdx.x % 32, cells = decode_rows(D) / p.box_rows, box_bytes = p.box_rows * Shape<K, D>::ROW;
     const uint32_t full = shared_address(shared.full), empty = shared_address(shared.empty);
     Place at = {0, 0};
     // What comes next is asked for while there is still something to bring.
     DecodeItem item = first, after = first;
-    Found next = find<OWN>(p, item, item.begin + lane);
-    bool waited = OWN;
+    Found next = find(p, item, item.begin + lane);
+    bool waited = false;
     for (;;) {
         if (item.next != DECODE_NONE)
             after = load_item(p.items + item.next);
         uint32_t base = item.begin;
         do {
             const Found found = next;
-            next = base + 32 < item.end ? find<OWN>(p, item, base + 32 + lane) : find<OWN>(p, after, after.begin + lane);
+            next = base + 32 < item.end ? find(p, item, base + 32 + lane) : find(p, after, after.begin + lane);
             const uint32_t count = base < item.end ? min(item.end - base, 32u) : 0;
             for (uint32_t i = 0; i < count; i += cells) {
                 const bool in_unit = lane - i < cells, brought = in_unit && found.tokens;
@@ -241,7 +234,7 @@ __device__ __forceinline__ void join(const Decode &p, const DecodeItem &item, co
 
 // One warp's share of an item: NT times 8 columns over its units, then its
 // states into `shared`, joined with those of its kv head.
-template <class T, class K, uint32_t D, uint32_t NT, bool OWN>
+template <class T, class K, uint32_t D, uint32_t NT>
 __device__ __forceinline__ void attend(const Decode &p, const DecodeItem &item, Shared<K, D> &shared, uint32_t ring, Place &at) {
     constexpr uint32_t STEPS = D / 16, WARPS = Shape<K, D>::WARPS;
     constexpr bool FP8 = Shape<K, D>::FP8;
@@ -277,17 +270,6 @@ __device__ __forceinline__ void attend(const Decode &p, const DecodeItem &item, 
 #pragma unroll
     for (uint32_t n = 0; n < NT; n++)
         max[n][0] = max[n][1] = NO_SCORE, sum[n][0] = sum[n][1] = 0;
-    if constexpr (OWN) {
-        static_assert(NT == 1, "one row");
-        uint32_t raw[STEPS][2];
-#pragma unroll
-        for (uint32_t i = 0; i < STEPS * 2; i++)
-            raw[i / 2][i % 2] = q[i / 2][0][i % 2];
-        turn_head<T, D, FP8>(raw, p.q_norm, p.eps, p.table + uint64_t(item.row) * D,
-                             [&](uint32_t step, uint32_t half, float2 x) { q[step][0][half] = pack<T>(x.x, x.y); });
-        if (blockIdx.x == item.first && share.cell == 0 && share.token == 0)
-            attend_own<T, K, D>(p, item.row, item.head + share.kv_head, q, scale, o, max, sum);
-    }
 
     // Lanes' places for ldmatrix: for K, matrices (tokens 0-7, 8-15) x (low,
     // high chunk); for V, (low, high chunk) x (tokens 0-7, 8-15).
@@ -449,7 +431,7 @@ __device__ __forceinline__ void attend(const Decode &p, const DecodeItem &item, 
 }
 
 // NT: eights of columns that an item may have.
-template <class T, class K, uint32_t D, uint32_t NT, bool OWN = false> __device__ __forceinline__ void decode(const Decode &p) {
+template <class T, class K, uint32_t D, uint32_t NT> __device__ __forceinline__ void decode(const Decode &p) {
     // The swizzle counts from addresses that are multiples of 1024.
     extern __shared__ __align__(1024) uint8_t dynamic[];
     Shared<K, D> &shared = *reinterpret_cast<Shared<K, D> *>(dynamic + p.slots * Shape<K, D>::SLOT);
@@ -477,16 +459,16 @@ template <class T, class K, uint32_t D, uint32_t NT, bool OWN = false> __device_
         return;
     }
     if (warp == Shape<K, D>::WARPS) {
-        bring<K, D, OWN>(p, first, shared, ring);
+        bring<K, D>(p, first, shared, ring);
         return;
     }
     wait_for_previous();
     Place at = {0, 0};
     for (DecodeItem item = first;; item = load_item(p.items + item.next)) {
         if (NT == 1 || item.columns <= COLUMNS)
-            attend<T, K, D, 1, OWN>(p, item, shared, ring, at);
+            attend<T, K, D, 1>(p, item, shared, ring, at);
         else
-            attend<T, K, D, NT, OWN>(p, item, shared, ring, at);
+            attend<T, K, D, NT>(p, item, shared, ring, at);
         if (item.next == DECODE_NONE)
             break;
     }
@@ -508,19 +490,12 @@ template <class T, class K, uint32_t D, uint32_t NT, bool OWN = false> __device_
         attention_decode_narrow_d##D##_##NAME(const __grid_constant__ distkv::Decode p) {                              \
         distkv::decode<T, K, D, 1>(p);                                                                                 \
     }
-#define DECODE_OWN(NAME, T, K, D)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(512, 1)                                                               \
-        attention_decode_own_d##D##_##NAME(const __grid_constant__ distkv::Decode p) {                                 \
-        distkv::decode<T, K, D, 1, true>(p);                                                                           \
-    }
-#define ALL(KERNELS, D)                                                                                                \
-    KERNELS(bf16, __nv_bfloat16, __nv_bfloat16, D)                                                                     \
-    KERNELS(f16, __half, __half, D)                                                                                    \
-    KERNELS(fp8_bf16, __nv_bfloat16, distkv::E4m3, D)
-ALL(DECODE, 64)
-ALL(DECODE, 80)
-ALL(DECODE, 96)
-ALL(DECODE, 128)
-ALL(DECODE, 256)
-ALL(DECODE_OWN, 64)
-ALL(DECODE_OWN, 128)
+#define DECODE_ALL(D)                                                                                                  \
+    DECODE(bf16, __nv_bfloat16, __nv_bfloat16, D)                                                                      \
+    DECODE(f16, __half, __half, D)                                                                                     \
+    DECODE(fp8_bf16, __nv_bfloat16, distkv::E4m3, D)
+DECODE_ALL(64)
+DECODE_ALL(80)
+DECODE_ALL(96)
+DECODE_ALL(128)
+DECODE_ALL(256)

@@ -6,8 +6,6 @@
 #include <cuda_fp8.h>
 #include <stdint.h>
 
-#include "rows.cuh"
-
 namespace distkv {
 
 struct E4m3 {
@@ -16,10 +14,6 @@ struct E4m3 {
 
 // The nearest, to even; what is too large becomes 448.
 __device__ __forceinline__ E4m3 to_e4m3(float x) { return {__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3)}; }
-template <>
-__device__ __forceinline__ E4m3 from_float<E4m3>(float x) {
-    return to_e4m3(x);
-}
 
 // Exact. The bytes that are no number become 480.
 __device__ __forceinline__ float to_float(E4m3 x) {

@@ -7,6 +7,11 @@
 
 namespace distkv {
 
+template <>
+__device__ __forceinline__ E4m3 from_float<E4m3>(float x) {
+    return to_e4m3(x);
+}
+
 // cos and sin of an angle of any size, to about an ulp: the multiple of pi/2 is
 // taken off in f64, whose error is then far below that of the f32 remainder.
 __device__ __forceinline__ void sincos_any(float angle, float *sin, float *cos) {

@@ -95,7 +95,7 @@ struct Sequences {
             memcpy(&pool[at * 2], &rounded, 2);
     }
 
-    // A head of a row; a query's and, if the pool has such, a key's and a value's are rounded.
+    // A head of a row, rounded.
     std::vector<double> head(uint32_t row, uint32_t index) const {
         const bool key = index >= heads() && index < heads() + kv_heads, value = index >= heads() + kv_heads;
         const float *norm = value ? nullptr : key ? norm_of_k() : norm_of_q();
@@ -116,8 +116,7 @@ struct Sequences {
             x[a] = u;
         }
         for (double &v : x)
-            if (!fp8 || index < heads())
-                v = to_float(from_float<Element>(float(v)));
+            v = to_float(from_float<Element>(float(v)));
         return x;
     }
 
@@ -139,7 +138,7 @@ struct Sequences {
         const std::vector<uint8_t> want = filled();
         for (size_t i = 0; i < pool.size() / (fp8 ? 1 : 2); i++) {
             const float a = get(got, i), b = get(want, i);
-            if (!(fabsf(a - b) <= (fp8 ? 0.13f : 0.01f) * fabsf(b) + (fp8 ? 2e-3f : 1e-5f) || (a != a && b != b)))
+            if (!(fabsf(a - b) <= 0.01f * fabsf(b) + 1e-5f || (a != a && b != b)))
                 return fail("an element of the pool", a, b);
         }
         return true;

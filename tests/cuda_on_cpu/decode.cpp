@@ -20,10 +20,10 @@ struct Case : Sequences {
         const uint32_t sizes[] = {16, 32, 48, 64, 256};
         d = one_in(2) ? 64 : 128, kv_heads = pick(1, 5), tokens = sizes[pick(0, 5)], fp8 = one_in(3);
         narrow = one_in(2), group = pick(1, narrow ? 9 : 17), window = one_in(3) ? pick(1, 200) : 0;
-        own = narrow && one_in(2), normed = own && one_in(3), interleaved = false, pairs = d / 2;
+        own = false, normed = false, interleaved = false, pairs = d / 2;
         grid = pick(1, 6), slots_of_ring = pick(2, 6);
         for (uint32_t left = pick(1, 4); left > 0; left--) {
-            const uint32_t count = own || one_in(2) ? 1 : pick(1, (narrow ? 8 : DECODE_TILE) / group + 1);
+            const uint32_t count = one_in(2) ? 1 : pick(1, (narrow ? 8 : DECODE_TILE) / group + 1);
             add(one_in(8) ? 0 : pick(0, one_in(3) ? 600 : 150), count);
         }
         fill();
@@ -57,15 +57,13 @@ template <class K, uint32_t D> uint32_t full_at() {
 template <class K, uint32_t D> void run(const Case &c, uint64_t seed) {
     gpu::barriers_at = gpu::SHARED_BASE + c.slots_of_ring * Shape<K, D>::SLOT + full_at<K, D>();
     gpu::launch(seed, c.grid, Shape<K, D>::THREADS, [&c] {
-        c.own      ? decode<Element, K, D, 1, true>(decode_arguments)
-        : c.narrow ? decode<Element, K, D, 1>(decode_arguments)
-                   : decode<Element, K, D, 2>(decode_arguments);
+        c.narrow ? decode<Element, K, D, 1>(decode_arguments) : decode<Element, K, D, 2>(decode_arguments);
     });
 }
 
 static bool check(uint32_t seed, double &worst) {
     const Case c;
-    printf("seed %u: %s%u heads, %u of kv, of %u, %s, blocks of %u, window %u, %u blocks, %u slots:", seed, c.own ? "own, " : "", c.heads(), c.kv_heads, c.d,
+    printf("seed %u: %u heads, %u of kv, of %u, %s, blocks of %u, window %u, %u blocks, %u slots:", seed, c.heads(), c.kv_heads, c.d,
            c.fp8 ? "fp8" : "bf16", c.tokens, c.window, c.grid, c.slots_of_ring);
     for (const Seq &seq : c.seqs)
         printf(" %u at %u", seq.rows, seq.position);
@@ -88,8 +86,7 @@ static bool check(uint32_t seed, double &worst) {
 
     const CUtensorMap map = map_of(c, pool);
     decode_arguments = {qkv.data(), pool.data(), &map, o.data(), lse.data(), c.pages.data(), items.data(), parts.data(), 0, c.heads(),
-                        c.kv_heads, c.tokens, c.window, c.box_rows, c.together, c.slots_of_ring, scale, 1e-6f,
-                        c.table.data(), c.norm_of_q(), c.norm_of_k(), c.slots.data()};
+                        c.kv_heads, c.tokens, c.window, c.box_rows, c.together, c.slots_of_ring, scale, 0};
     gpu::previous = [&] { qkv = c.qkv, pool = c.pool; };
     if (c.fp8)
         c.d == 64 ? run<E4m3, 64>(c, seed * 3 + 1) : run<E4m3, 128>(c, seed * 3 + 1);

@@ -64,11 +64,6 @@ static uint32_t __shfl_up_sync(uint32_t, uint32_t x, uint32_t step) {
     const uint32_t lane = threadIdx.x % 32;
     return gpu::exchange(x, lane < step ? lane : lane - step);
 }
-static float __shfl_sync(uint32_t, float x, uint32_t lane) {
-    const uint32_t other = gpu::exchange(__float_as_uint(x), lane);
-    memcpy(&x, &other, 4);
-    return x;
-}
 
 namespace distkv {
 
@@ -193,7 +188,6 @@ static E4m3 to_e4m3(float x) {
     }
     return {uint8_t(best | (std::signbit(x) ? 0x80 : 0))};
 }
-template <> E4m3 from_float<E4m3>(float x) { return to_e4m3(x); }
 template <class T, uint32_t A, uint32_t B> static uint32_t widen_two(uint32_t four) {
     return pack<T>(to_float(E4m3{uint8_t(four >> 8 * A)}), to_float(E4m3{uint8_t(four >> 8 * B)}));
 }

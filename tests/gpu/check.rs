@@ -40,7 +40,7 @@ const CHECKS: &[(&str, Check)] = &[
     ("rows", kernels::rows),
     ("fp8", fp8::fp8),
     ("handed", decode::handed),
-    ("turned", decode::turned),
+    ("short", decode::short),
     ("choices", kernels::choices),
     ("goldens", goldens::all_local),
     ("borrowed", goldens::most_elsewhere),

@@ -1,10 +1,9 @@
-//! Decode steps have ways of their own: for rows that are few, for short contexts, and
-//! where a sequence has one row. Each beside the way that is for any step.
+//! Decode steps have two ways for rows and for contexts that are few: each beside
+//! the way that is for any.
 
-use distkv::device::cuda::{CudaDevice, CudaOptions, Element, Way};
+use distkv::device::cuda::{CudaDevice, CudaOptions, Element};
 use distkv::device::tensor::{DType, RawTensor};
 use distkv::device::{AttentionShape, AttnSeq, Device, Norm, RowSlot, StepInput};
-use distkv::e4m3;
 use distkv::kv::pool::KvPool;
 use distkv::kv::rblock::{KvDtype, KvRun, KvShape};
 use distkv::node::device::DeviceName;
@@ -212,7 +211,7 @@ pub fn handed(settings: &Settings) -> Result<String, String> {
     ))
 }
 
-/// Sequences of a row each, some with gaps.
+/// Sequences of a row each with short contexts, some with gaps.
 struct Case {
     shape: AttentionShape,
     window: Option<u32>,
@@ -223,30 +222,32 @@ struct Case {
 }
 
 impl Case {
-    fn new(random: &mut ChaCha8Rng, deep: bool) -> Self {
+    fn new(random: &mut ChaCha8Rng) -> Self {
         let head_dim = *[64, 128].choose(random).expect("some");
         let (kv_heads, group) = (random.random_range(1..4), random.random_range(1..9));
         let block_tokens = *[16u32, 32, 48, 64, 256].choose(random).expect("some");
         let shape =
             AttentionShape { heads: kv_heads * group, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() };
-        let dtype = if deep && random.random_bool(0.3) { KvDtype::Fp8 } else { KvDtype::Bf16 };
-        let kv = KvShape { layers: 2, kv_heads: kv_heads as u32, head_dim: head_dim as u32, block_tokens, dtype };
+        let kv = KvShape {
+            layers: 2,
+            kv_heads: kv_heads as u32,
+            head_dim: head_dim as u32,
+            block_tokens,
+            dtype: KvDtype::Bf16,
+        };
         let window = random.random_bool(0.3).then(|| random.random_range(1..200));
         let mut case = Self { shape, window, kv, slots: Vec::new(), seqs: Vec::new(), runs: Vec::new() };
         let rows = *[1u32, 2, 3, 8, 20].choose(random).expect("some");
         let mut next = 0;
         for row in 0..rows {
-            // What the short kernel is for: with more rows fewer blocks share one.
+            // What the kernel is for: with more rows fewer blocks share one.
             let most = match rows {
-                _ if deep => 4000,
                 1 => 1000,
                 20 if kv_heads > 2 => 120,
                 _ => 250,
             };
-            // One is too long for that kernel.
-            let least = if deep && row == 0 { 1024 } else { 0 };
-            let own = random.random_range(least..most);
-            let own = if row > 0 && random.random_bool(0.1) { 0 } else { own };
+            let own = random.random_range(0..most);
+            let own = if random.random_bool(0.1) { 0 } else { own };
             let (run, mut position, sparse) = (case.runs.len() as u32, 0, random.random_bool(0.3));
             while position <= own {
                 let last = position + block_tokens > own;
@@ -265,51 +266,34 @@ impl Case {
         }
         case
     }
-
-    /// A layer's keys and values as the pool has them; what is not there is NaN.
-    fn pool(&self, random: &mut ChaCha8Rng, pool: &KvPool, layer: usize, blocks: usize) -> Vec<u8> {
-        let size = self.kv.dtype.size();
-        let mut bytes = vec![0xff; self.kv.block_bytes() * blocks];
-        let (heads, tokens) = (self.kv.kv_heads as usize, self.kv.block_tokens as usize);
-        for run in &self.runs {
-            for (half, head) in (0..2).flat_map(|half| (0..heads).map(move |head| (half, head))) {
-                let first = (run.block as usize * 2 + half) * heads + head;
-                let at = pool.offset(layer, 0) + first * tokens * self.shape.head_dim * size;
-                let values = noise(random, run.tokens as usize * self.shape.head_dim, 1.0);
-                for (to, x) in bytes[at..].chunks_exact_mut(size).zip(values) {
-                    match self.kv.dtype {
-                        KvDtype::Fp8 => to[0] = e4m3::from_f32(x),
-                        _ => to.copy_from_slice(&bf16::from_f32(x).to_le_bytes()),
-                    }
-                }
-            }
-        }
-        bytes
-    }
-
-    /// The numbers that such bytes are.
-    fn numbers(&self, bytes: &[u8]) -> Vec<f32> {
-        match self.kv.dtype {
-            KvDtype::Fp8 => bytes.iter().map(|&b| e4m3::to_f32(b)).collect(),
-            _ => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-        }
-    }
 }
 
-/// One layer's attention that turns heads and appends keys and values itself, to short
-/// contexts and to any, beside the same in a kernel before it.
-pub fn turned(settings: &Settings) -> Result<String, String> {
+/// One layer's embedding of positions, appending and attention in one kernel beside
+/// the same in three.
+pub fn short(settings: &Settings) -> Result<String, String> {
     const LAYER: usize = 1;
     let mut random = ChaCha8Rng::seed_from_u64(5);
     let mut device = gpu(settings, 0)?;
     let (mut worst, mut worst_lse, mut count) = (0f64, 0f32, 0);
-    for turn in 0..160 {
-        let deep = turn % 2 == 1;
-        let case = Case::new(&mut random, deep);
+    for turn in 0..80 {
+        let case = Case::new(&mut random);
         let (shape, rows) = (case.shape, case.slots.len());
         let blocks = 1 + case.slots.iter().map(|s| s.block).max().expect("a row");
         let pool = made(device.pool(case.kv, blocks as usize))?;
-        let before = case.pool(&mut random, &pool, LAYER, blocks as usize);
+        // What is not there is NaN.
+        let elements = case.kv.block_bytes() * blocks as usize / 2;
+        let mut before: Vec<u8> = vec![0xff; elements * 2];
+        let (heads, tokens) = (case.kv.kv_heads as usize, case.kv.block_tokens as usize);
+        for run in &case.runs {
+            for (half, head) in (0..2).flat_map(|half| (0..heads).map(move |head| (half, head))) {
+                let first = (run.block as usize * 2 + half) * heads + head;
+                let at = pool.offset(LAYER, 0) + first * tokens * shape.head_dim * 2;
+                let values = noise(&mut random, run.tokens as usize * shape.head_dim, 1.0);
+                for (to, x) in before[at..].chunks_exact_mut(2).zip(values) {
+                    to.copy_from_slice(&bf16::from_f32(x).to_le_bytes());
+                }
+            }
+        }
         let values = noise(&mut random, rows * shape.qkv_width(), 1.0);
         let weights: Vec<u8> =
             noise(&mut random, shape.head_dim, 1.0).into_iter().flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect();
@@ -323,23 +307,21 @@ pub fn turned(settings: &Settings) -> Result<String, String> {
         };
         let norm = made(device.load_vector(&[raw]))?;
         let norms = (turn % 3 == 0).then_some((&norm, &norm, 1e-6));
-        // The kernel for any contexts turns whole heads in halves.
-        let part = !deep && turn % 8 < 3;
-        let mut rope = ROPE(if part { shape.head_dim / 4 } else { shape.head_dim / 2 });
-        rope.interleaved = turn % 4 == 0;
+        let mut rope = ROPE(if turn % 4 < 2 { shape.head_dim / 4 } else { shape.head_dim / 2 });
+        rope.interleaved = turn % 2 == 0;
         let ids = vec![0; rows];
         let logit_rows: Vec<u32> = (0..rows as u32).collect();
         let step =
             StepInput { tokens: &ids, slots: &case.slots, seqs: &case.seqs, runs: &case.runs, logit_rows: &logit_rows };
-        let mut run = |way: Way| -> Result<_, String> {
+        let mut run = |local: bool| -> Result<_, String> {
             pool.write(0, &before).map_err(|e| e.to_string())?;
             let mut qkv = made(device.buffer(rows, shape.qkv_width()))?;
             let mut o = made(device.buffer(rows, shape.q_width()))?;
             let mut lse = made(device.buffer_f32(rows, shape.heads))?;
             made(device.upload(&mut qkv, &values))?;
-            made(device.begin_step(&rope, &step, &pool, way != Way::Apart))?;
-            if device.way() != way {
-                return Err(format!("{:?}: the way is {:?}, not {way:?}", case.seqs, device.way()));
+            made(device.begin_step(&rope, &step, &pool, local))?;
+            if device.is_short() != local {
+                return Err(format!("{:?}: is_short is {}", case.seqs, device.is_short()));
             }
             device.rope_append(&shape, norms, LAYER, &pool, &mut qkv);
             device.attention(&shape, case.window, LAYER, &pool, &qkv, &mut o, &mut lse);
@@ -349,14 +331,13 @@ pub fn turned(settings: &Settings) -> Result<String, String> {
             made(device.download(&lse, rows, &mut got_lse))?;
             let mut after = vec![0; before.len()];
             pool.on_accelerator().expect("a GPU's pool").read(0, &mut after)?;
-            Ok((got, got_lse, case.numbers(&after)))
+            let kv: Vec<f32> = after.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect();
+            Ok((got, got_lse, kv))
         };
         // The first makes the pool known, which the second needs.
-        let (want, want_lse, want_kv) = run(Way::Apart)?;
-        let (got, got_lse, got_kv) = run(if deep { Way::Own } else { Way::Short })?;
-        // Apart by one that is rounded the other way; 2^-9 is E4M3's smallest.
-        let (part, least) = if case.kv.dtype == KvDtype::Fp8 { (0.13, 2e-3) } else { (0.01, 1e-5) };
-        let same = |(a, b): (&f32, &f32)| (a - b).abs() <= part * b.abs() + least || (a.is_nan() && b.is_nan());
+        let (want, want_lse, want_kv) = run(false)?;
+        let (got, got_lse, got_kv) = run(true)?;
+        let same = |(a, b): (&f32, &f32)| (a - b).abs() <= 0.01 * b.abs() + 1e-5 || (a.is_nan() && b.is_nan());
         if let Some(at) = got_kv.iter().zip(&want_kv).position(|pair| !same(pair)) {
             return Err(format!("{shape:?}: element {at} of the pool is {}, not {}", got_kv[at], want_kv[at]));
         }
@@ -370,5 +351,5 @@ pub fn turned(settings: &Settings) -> Result<String, String> {
         }
         (worst, worst_lse, count) = (worst.max(error), worst_lse.max(lse_error), count + 1);
     }
-    Ok(format!("{count} random layers, o within {worst:.1e} of the way with a kernel more, lse within {worst_lse:.1e}"))
+    Ok(format!("{count} random layers, o within {worst:.1e} of three kernels' way, lse within {worst_lse:.1e}"))
 }

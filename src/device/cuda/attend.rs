@@ -6,9 +6,6 @@
 //! planners on the device and [`Taken`] on the host decide by the same rule.
 //! Heads of a width that those kernels do not know go through a plain one.
 //!
-//! Where every sequence has one row, decoding does the rotary embedding too, and puts
-//! the row's key and value into the pool: see [`Way`].
-//!
 //! Decoding begins to read KV while the launch before it still runs. Of the KV
 //! that a sequence of the step reads, that launch may therefore write only the
 //! step's own rows of the same sequence: a block that several sequences share
@@ -50,17 +47,6 @@ const JOIN_ROOM: u32 = 16 << 10;
 /// Blocks' shares are at least this many units.
 const LEAST_UNITS: u32 = 1;
 
-/// Who turns a step's heads and puts its keys and values into the pool.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Way {
-    /// A kernel before attention.
-    Apart,
-    /// The kernel for short contexts.
-    Short,
-    /// The kernels that decode.
-    Own,
-}
-
 /// What the planners wrote for the layers of one window.
 struct Plan {
     window: u32,
@@ -93,8 +79,6 @@ struct Tiled {
     decode: Kernel,
     /// The same for up to [`NARROW`] columns a sequence.
     narrow: Kernel,
-    /// The same where it turns and appends.
-    own: Option<Kernel>,
     join: Kernel,
     unit: Unit,
     slots: u32,
@@ -219,18 +203,10 @@ impl Attention {
         self.fit.as_ref().is_some_and(|f| Some(f.pool) == pool.device_address() && f.blocks == pool.blocks())
     }
 
-    /// How a step of so many rows, or fewer that are padded, is best run. Any step can
-    /// go [`Apart`](Way::Apart).
-    pub fn way(&self, rows: usize, taken: &Taken, turned: &Turned) -> Way {
-        let Some(fit) = &self.fit else { return Way::Apart };
-        if fit.short.as_ref().is_some_and(|short| short.takes(rows, taken)) {
-            return Way::Short;
-        }
-        let halves = !turned.interleaved && 2 * turned.pairs as usize == fit.shape.head_dim;
-        match &fit.kernels {
-            Fast::Tiled(tiled) if tiled.own.is_some() && taken.plain_decode && halves => Way::Own,
-            _ => Way::Apart,
-        }
+    /// Whether a step of so many rows, or fewer that are padded, can be run by
+    /// [`run_short`](Self::run_short).
+    pub fn is_short(&self, rows: usize, taken: &Taken) -> bool {
+        self.fit.as_ref().and_then(|f| f.short.as_ref()).is_some_and(|short| short.takes(rows, taken))
     }
 
     /// A new step: what was planned is of the last one.
@@ -290,10 +266,6 @@ impl Attention {
         let decode = kernels.typed(&format!("attention_decode_d{d}{of_pool}"), decode_shared)?;
         let narrow = kernels.typed(&format!("attention_decode_narrow_d{d}{of_pool}"), decode_shared)?;
         let rows = 2 * u64::from(pool.blocks()) * shape.kv_heads as u64 * u64::from(pool.shape().block_tokens);
-        let own = match super::short::HEAD_DIMS.contains(&d) && shape.heads / shape.kv_heads <= NARROW {
-            true => Some(kernels.typed(&format!("attention_decode_own_d{d}{of_pool}"), decode_shared)?),
-            false => None,
-        };
         let decode_map = match hopper {
             true => Some(self.decode_map(stream, shape, pool, address, rows, unit)?),
             false => None,
@@ -327,7 +299,6 @@ impl Attention {
         Ok(Tiled {
             decode,
             narrow,
-            own,
             join: kernels.typed("decode_join", 0)?,
             unit,
             slots,
@@ -397,8 +368,7 @@ impl Attention {
     }
 
     /// The attention of one layer: see
-    /// [`Device::attention`](crate::device::Device::attention). With `own` for a step
-    /// whose [`way`](Self::way) that is.
+    /// [`Device::attention`](crate::device::Device::attention).
     pub fn run(
         &mut self,
         stream: &Stream,
@@ -406,7 +376,6 @@ impl Attention {
         taken: &Taken,
         window: Option<u32>,
         layer: usize,
-        own: Option<(HeadNorms, Turned)>,
         qkv: &Buffer,
         o: &Buffer,
         lse: &Buffer,
@@ -416,7 +385,6 @@ impl Attention {
         };
         let shape = fit.shape;
         assert!(qkv.cols() >= shape.q_width() && o.cols() == shape.q_width() && lse.cols() == shape.heads, "buffers");
-        assert!(own.is_none() || qkv.cols() == shape.qkv_width(), "fused QKV rows");
         let window = window.unwrap_or(0);
         let kv = self.layer(layer);
         match &fit.kernels {
@@ -474,11 +442,7 @@ impl Attention {
                 together: tiled.unit.together,
                 slots: tiled.slots,
                 scale: shape.scale,
-                eps: own.map_or(0.0, |(norms, _)| norms.eps),
-                table: own.map_or(0, |(_, turned)| turned.table),
-                q_norm: own.map_or(0, |(norms, _)| norms.q),
-                k_norm: own.map_or(0, |(norms, _)| norms.k),
-                row_slots: at.slots,
+                reserved: 0,
             };
             let join = api::DecodeJoin {
                 cuts: plan.cuts.address(),
@@ -491,17 +455,11 @@ impl Attention {
                 together: tiled.unit.together,
             };
             // SAFETY: as above; the plan is of this step, and its memory and that
-            // of the parts are of the sizes that api.h asks for. Whoever turns has
-            // rows of queries, keys and values, and the step's slots.
+            // of the parts are of the sizes that api.h asks for.
             unsafe {
                 let grid = Grid::new(self.blocks(), tiled.unit.threads());
                 let narrow = taken.most * (shape.heads / shape.kv_heads) <= NARROW;
-                let kernel = match (own, tiled.own) {
-                    (Some(_), Some(kernel)) => kernel,
-                    (Some(_), None) => return Err(DeviceError::System("a step with keys of its own".into())),
-                    (None, _) if narrow => tiled.narrow,
-                    (None, _) => tiled.decode,
-                };
+                let kernel = if narrow { tiled.narrow } else { tiled.decode };
                 match planned {
                     // It reads the plan, and KV, before it waits.
                     true => kernel.launch(stream, grid, &arguments)?,
@@ -550,7 +508,7 @@ impl Attention {
     }
 
     /// The rotary embedding, the way of keys and values into the pool and the
-    /// attention of one layer, for a step whose [`way`](Self::way) is short.
+    /// attention of one layer, for a step that [`is_short`](Self::is_short).
     pub fn run_short(
         &self,
         stream: &Stream,

@@ -42,7 +42,6 @@ pub use element::Element;
 pub use memory::KvMemory;
 
 use attend::Attention;
-pub use attend::Way;
 use buffer::Counted;
 use choose::Chooser;
 use driver::{Context, Graph, Stream};
@@ -101,8 +100,8 @@ enum Recorded {
 pub struct CudaDevice {
     // Waits for the GPU before anything is freed: fields go in order.
     _drain: Drain,
-    /// By number of rows and way of attention.
-    recorded: BTreeMap<(usize, Way), Recorded>,
+    /// By number of rows, and whether the contexts are short.
+    recorded: BTreeMap<(usize, bool), Recorded>,
     /// The number of rows that is being recorded.
     recording: Option<usize>,
     options: CudaOptions,
@@ -115,9 +114,9 @@ pub struct CudaDevice {
     step: StepMemory,
     at: Addresses,
     taken: Taken,
-    /// How the step's attention is run, and what a layer's will need where it turns too.
-    way: Way,
-    norms: HeadNorms,
+    /// The step's contexts are short: a layer's attention turns and appends too, and
+    /// this is what it will need for that.
+    short: Option<HeadNorms>,
     /// What a kernel of the step was refused for.
     failed: Option<DeviceError>,
     stream: Arc<Stream>,
@@ -162,17 +161,17 @@ impl CudaDevice {
             step,
             at,
             taken: Taken::default(),
-            way: Way::Apart,
-            norms: HeadNorms::default(),
+            short: None,
             failed: None,
             stream,
             context,
         })
     }
 
-    /// How the attention of the step that was begun last is run.
-    pub fn way(&self) -> Way {
-        self.way
+    /// Whether the step that was begun last is of short contexts only, which a kernel
+    /// of their own attends to.
+    pub fn is_short(&self) -> bool {
+        self.short.is_some()
     }
 
     /// What the GPU is.
@@ -413,13 +412,11 @@ impl Device for CudaDevice {
             && self.taken.plain_decode
             && padded <= MAX_RECORDED.min(self.options.max_seqs)
             && self.attention.is_fit(pool);
-        self.way = match local && self.attention.is_fit(pool) {
-            true => self.attention.way(padded, &self.taken, &self.rows.turned()?),
-            false => Way::Apart,
-        };
+        let short = local && self.attention.is_fit(pool) && self.attention.is_short(padded, &self.taken);
+        self.short = short.then(HeadNorms::default);
         let mut pass = Pass::Run { rows, logits: self.taken.logits };
         if record {
-            match self.recorded.get(&(padded, self.way)) {
+            match self.recorded.get(&(padded, short)) {
                 Some(Recorded::Graph(graph)) => {
                     self.stream.launch(graph)?;
                     return Ok(Pass::Replayed);
@@ -428,7 +425,7 @@ impl Device for CudaDevice {
                     self.stream.begin_capture()?;
                     self.recording = Some(padded);
                 }
-                None => drop(self.recorded.insert((padded, self.way), Recorded::Warm)),
+                None => drop(self.recorded.insert((padded, short), Recorded::Warm)),
             }
             pass = Pass::Run { rows: padded, logits: padded };
         }
@@ -446,7 +443,7 @@ impl Device for CudaDevice {
         }
         let graph = graph?;
         self.stream.launch(&graph)?;
-        self.recorded.insert((rows, self.way), Recorded::Graph(graph));
+        self.recorded.insert((rows, self.short.is_some()), Recorded::Graph(graph));
         Ok(())
     }
 
@@ -524,12 +521,10 @@ impl Device for CudaDevice {
         self.attempt(|d| {
             if d.attention.fit(&d.kernels, &d.stream, shape, pool)? {
                 d.recorded.clear();
-                if d.way != Way::Apart {
-                    d.way = d.attention.way(Self::recorded_rows(rows), &d.taken, &d.rows.turned()?);
-                }
+                d.short = d.short.filter(|_| d.attention.is_short(Self::recorded_rows(rows), &d.taken));
             }
-            if d.way != Way::Apart {
-                d.norms = HeadNorms::new(shape, qk_norm);
+            if let Some(norms) = &mut d.short {
+                *norms = HeadNorms::new(shape, qk_norm);
                 return Ok(());
             }
             let kv = Self::layer(pool, layer)?;
@@ -553,15 +548,13 @@ impl Device for CudaDevice {
             if d.attention.fit(&d.kernels, &d.stream, shape, pool)? {
                 d.recorded.clear();
             }
-            let turned = d.rows.turned()?;
-            let own = match d.way {
-                Way::Short => {
-                    return d.attention.run_short(&d.stream, &d.at, rows, window, layer, d.norms, turned, qkv, o, lse);
+            match d.short {
+                Some(norms) => {
+                    let turned = d.rows.turned()?;
+                    d.attention.run_short(&d.stream, &d.at, rows, window, layer, norms, turned, qkv, o, lse)
                 }
-                Way::Own => Some((d.norms, turned)),
-                Way::Apart => None,
-            };
-            d.attention.run(&d.stream, &d.at, &d.taken, window, layer, own, qkv, o, lse)
+                None => d.attention.run(&d.stream, &d.at, &d.taken, window, layer, qkv, o, lse),
+            }
         });
     }
 

@@ -13,9 +13,8 @@ use super::step::{Addresses, Taken};
 use crate::device::{AttentionShape, Result};
 use crate::kv::rblock::KvShape;
 
-/// Widths of heads that the kernel exists for, and the one of longer contexts that
-/// turns and appends.
-pub const HEAD_DIMS: [usize; 2] = [64, 128];
+/// Widths of heads that the kernel exists for.
+const HEAD_DIMS: [usize; 2] = [64, 128];
 /// Most query heads a KV head.
 const MAX_GROUP: usize = 8;
 /// Positions that a block attends to, most, of one row (all that the kernel takes) and
