@@ -60,8 +60,9 @@ struct Sequences {
         if (own)
             clear_own(pool);
         qkv.resize(rows() * (group + 2) * kv_heads * d);
+        const float loud = !own && one_in(3) ? 40 : 1; // few weights count, and the maximum moves by much
         for (Element &x : qkv)
-            x = from_float<Element>(noise());
+            x = from_float<Element>(noise() * loud);
         for (std::vector<float> *some : {&table, &q_norm, &k_norm}) {
             some->resize(some == &table ? rows() * pairs * 2 : d);
             for (float &x : *some)

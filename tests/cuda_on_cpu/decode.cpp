@@ -22,7 +22,12 @@ struct Case : Sequences {
         narrow = one_in(2), group = pick(1, narrow ? 9 : 17), window = one_in(3) ? pick(1, 200) : 0;
         own = false, normed = false, interleaved = false, pairs = d / 2;
         grid = pick(1, 6), slots_of_ring = pick(2, 6);
-        for (uint32_t left = pick(1, 4); left > 0; left--) {
+        const bool shared = one_in(4); // many parts of one sequence, which are joined otherwise than few
+        if (shared) {
+            grid = pick(8, 70), kv_heads = 1, group = pick(1, 5), window = 0;
+            add(pick(500, 4000), 1);
+        }
+        for (uint32_t left = shared ? pick(0, 2) : pick(1, 4); left > 0; left--) {
             const uint32_t count = one_in(2) ? 1 : pick(1, (narrow ? 8 : DECODE_TILE) / group + 1);
             add(one_in(8) ? 0 : pick(0, one_in(3) ? 600 : 150), count);
         }
@@ -94,11 +99,14 @@ static bool check(uint32_t seed, double &worst) {
         c.d == 64 ? run<Element, 64>(c, seed * 3 + 1) : run<Element, 128>(c, seed * 3 + 1);
 
     join_arguments = {cuts.data(), parts.data(), o.data(), lse.data(), c.heads(), c.kv_heads, c.d, c.together};
-    gpu::previous = nullptr;
+    const std::vector<float> made = parts;
+    gpu::previous = [&] { parts = made; };
     // Blocks after each other: what they share among their threads stands in one place.
-    const uint32_t blocks = pick(1, 7);
-    for (uint32_t block = 0; block < blocks; block++)
+    const uint32_t blocks = pick(1, one_in(3) ? 60 : 7);
+    for (uint32_t block = 0; block < blocks; block++) {
+        std::fill(parts.begin(), parts.end(), NAN);
         gpu::launch(seed * 3 + 2, 1, JOIN_WARPS * 32, [] { join_cuts<Element>(join_arguments); }, block, blocks);
+    }
     return c.is_filled(pool) && c.attends(o, lse, scale, worst);
 }
 
