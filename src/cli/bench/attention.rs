@@ -20,6 +20,9 @@ use crate::node::device::DeviceName;
 
 /// The floor is measured again before each of these rounds.
 const ROUNDS: u32 = 8;
+/// Launches on a GPU that are timed together, at least: in one graph, as the layers of a
+/// step are, where one begins while the one before ends.
+const LAUNCHES: usize = 8;
 
 /// What to measure.
 #[derive(Clone, Debug, clap::Args)]
@@ -78,7 +81,7 @@ fn kv_dtype(name: &str) -> Result<KvDtype, String> {
 
 /// What was measured: times in nanoseconds, and figures (name, value, unit).
 pub struct Figures {
-    /// One value an iteration.
+    /// One value an iteration; on a GPU, an iteration's share of a round of them.
     pub histograms: Vec<(String, Histogram<u64>)>,
     /// Derived from the medians.
     pub values: Vec<(String, f64, &'static str)>,
@@ -155,7 +158,9 @@ fn on_cpu(args: &Args, work: &Work) -> anyhow::Result<Figures> {
     let mut lse = vec![0.0; rows * shape.heads];
     let mut device = CpuHolder::new(CpuOptions { threads, ..options })?;
     let mut sweep = ReadSweep::new(threads)?;
-    let attend = |_: &mut (), layer| {
+    let mut layers = (0..kv.layers as usize).cycle();
+    let attend = |_: &mut ()| {
+        let layer = layers.next().unwrap_or(0);
         let start = Instant::now();
         device.micro_attention(shape, None, layer, &pool, &q, seqs, runs, &mut o, &mut lse);
         Ok(start.elapsed())
@@ -188,42 +193,51 @@ fn on_gpu(args: &Args, work: &Work, ordinal: usize) -> anyhow::Result<Figures> {
     let step = StepInput { tokens: &tokens, slots: &slots, seqs, runs, logit_rows: &[] };
     let rope = Rope { inv_freq: vec![1.0; shape.head_dim / 2], magnitude: 1.0, interleaved: false };
     device.begin_step(&rope, &step, &pool, false)?;
-    let context = device.stream().context().clone();
-    let marks = [Event::new(&context, true)?, Event::new(&context, true)?];
-    let attend = |device: &mut CudaDevice, layer| {
-        marks[0].record(device.stream())?;
-        device.attention(shape, None, layer, &pool, &qkv, &mut o, &mut lse);
-        marks[1].record(device.stream())?;
-        device.end_step()?;
+    // What is prepared at first use is none of the recording's.
+    device.attention(shape, None, 0, &pool, &qkv, &mut o, &mut lse);
+    device.end_step()?;
+    let stream = device.stream().clone();
+    stream.synchronize()?;
+    let launches = LAUNCHES.next_multiple_of(kv.layers as usize);
+    stream.begin_capture()?;
+    for i in 0..launches {
+        device.attention(shape, None, i % kv.layers as usize, &pool, &qkv, &mut o, &mut lse);
+    }
+    let graph = stream.end_capture();
+    device.end_step()?;
+    let graph = graph?;
+    let marks = [Event::new(stream.context(), true)?, Event::new(stream.context(), true)?];
+    let attend = |_: &mut CudaDevice| {
+        marks[0].record(&stream)?;
+        stream.launch(&graph)?;
+        marks[1].record(&stream)?;
         marks[1].synchronize()?;
-        Ok(Duration::from_secs_f64(f64::from(marks[1].since(&marks[0])?) / 1e3))
+        Ok(Duration::from_secs_f64(f64::from(marks[1].since(&marks[0])?) / 1e3 / launches as f64))
     };
     measured(args, work, &mut device, attend, |device| Ok(device.read_bandwidth()?))
 }
 
-/// Times `attend` of one layer after the other, beside the bytes a second that
-/// `sweep` reads.
+/// Times `attend`, which takes one layer after the other, beside the bytes a second
+/// that `sweep` reads.
 fn measured<D>(
     args: &Args,
     work: &Work,
     device: &mut D,
-    mut attend: impl FnMut(&mut D, usize) -> anyhow::Result<Duration>,
+    mut attend: impl FnMut(&mut D) -> anyhow::Result<Duration>,
     mut sweep: impl FnMut(&mut D) -> anyhow::Result<f64>,
 ) -> anyhow::Result<Figures> {
     let kv = &work.kv;
     let mut times = Histogram::<u64>::new(3)?;
     let mut floors = Vec::new();
-    let mut layers = (0..kv.layers as usize).cycle();
     // Not counted: what is prepared at first use.
-    for layer in layers.by_ref().take(2) {
-        attend(device, layer)?;
+    for _ in 0..2 {
+        attend(device)?;
     }
     for _ in 0..ROUNDS {
         floors.push(sweep(device)?);
         let end = Instant::now() + Duration::from_secs_f64(args.seconds / f64::from(ROUNDS));
         while Instant::now() < end {
-            let layer = layers.next().unwrap_or(0);
-            times.record(attend(device, layer)?.as_nanos().try_into()?)?;
+            times.record(attend(device)?.as_nanos().try_into()?)?;
         }
     }
     floors.sort_by(f64::total_cmp);
