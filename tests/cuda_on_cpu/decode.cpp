@@ -32,7 +32,7 @@ struct Case : Sequences {
             add(one_in(8) ? 0 : pick(0, one_in(3) ? 600 : 150), count);
         }
         fill();
-        // As src/device/cuda/attend.rs has it.
+        // As src/device/cuda/tiles.rs has it.
         together = 1, box_rows = tokens % 64 == 0 ? 64 : tokens % 32 == 0 ? 32 : 16;
         if (64 % tokens == 0) {
             for (together = 8; kv_heads % together != 0 || together > 64 / tokens;)

@@ -26,6 +26,7 @@ use super::memory::GpuMemory;
 use super::rows::Turned;
 use super::short::{HeadNorms, Short};
 use super::step::{Addresses, Taken};
+use super::tiles::{Tile, Unit};
 use super::widen::Widened;
 use crate::device::{AttentionShape, DeviceError, Result};
 use crate::kv::pool::KvPool;
@@ -35,10 +36,6 @@ use crate::kv::rblock::{KvDtype, KvShape};
 const HEAD_DIMS: [usize; 5] = [64, 80, 96, 128, 256];
 /// Widest group of query heads a KV head that one tile of the decode kernel takes.
 const MAX_GROUP: usize = super::DECODE_TILE;
-/// Rows of the pool that one copy brings, most, and slots of a block's ring, most:
-/// more of either is slower, measured on an H200.
-const COPIED: u32 = 64;
-const MOST_SLOTS: u32 = 5;
 /// Columns (query rows times heads of a group) of the narrow decode kernel.
 const NARROW: usize = 8;
 /// Shared memory that the decode kernel leaves, in bytes: the block of the join
@@ -93,76 +90,6 @@ struct Tiled {
     tile_rows: u32,
     tile_keys: u32,
     parts: GpuMemory,
-}
-
-/// What the decode kernel takes at once: see `cuda/decode.cuh`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Unit {
-    /// Rows of a unit.
-    rows: u32,
-    /// Rows that one copy brings.
-    copied: u32,
-    /// KV heads that a copy spans.
-    together: u32,
-}
-
-impl Unit {
-    fn new(kv: &KvShape) -> Self {
-        let (rows, tokens) = (if kv.head_dim <= 128 { 128 } else { 64 }, kv.block_tokens);
-        if COPIED.is_multiple_of(tokens) {
-            let fits = |heads: &u32| kv.kv_heads.is_multiple_of(*heads) && *heads <= COPIED / tokens;
-            let together = [8, 4, 2, 1].into_iter().find(fits).unwrap_or(1);
-            return Self { rows, copied: together * tokens, together };
-        }
-        let fits = |copied: &u32| tokens.is_multiple_of(*copied);
-        Self { rows, copied: [COPIED, 32, 16].into_iter().find(fits).unwrap_or(16), together: 1 }
-    }
-
-    const fn threads(self) -> u32 {
-        2 * self.rows + 32
-    }
-
-    /// Bytes of shared memory with so many slots.
-    const fn shared(self, slots: u32, head_dim: u32, element: u32) -> u32 {
-        let warps = self.rows / 16;
-        slots * self.rows * head_dim * element + warps * 8 * (head_dim + 4) * 4 + warps * 64 + 256 + 16 * warps * 8
-    }
-
-    /// Slots that fit, at most, with KV of `element` bytes.
-    fn slots(self, head_dim: u32, element: u32, room: u32) -> Option<u32> {
-        let most = MOST_SLOTS * 2 / element;
-        (2..=most.min(api::DECODE_SLOTS)).rev().find(|&slots| self.shared(slots, head_dim, element) <= room)
-    }
-}
-
-/// A tile of the prefill kernel on Hopper: as `Shape` in `cuda/prefill_feed.cuh`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Tile {
-    /// Packed query rows.
-    rows: u32,
-    /// Tiles of them in flight.
-    queries: u32,
-    /// Keys, and values.
-    keys: u32,
-    /// Tiles of either in flight.
-    stages: u32,
-    /// Of a block.
-    threads: u32,
-}
-
-impl Tile {
-    const fn new(head_dim: usize) -> Self {
-        match head_dim {
-            64 => Self { rows: 192, queries: 2, keys: 96, stages: 4, threads: 512 },
-            256 => Self { rows: 128, queries: 1, keys: 64, stages: 2, threads: 384 },
-            _ => Self { rows: 128, queries: 1, keys: 128, stages: 2, threads: 384 },
-        }
-    }
-
-    /// Bytes of shared memory; the first tile begins at a multiple of 1024.
-    const fn shared(self, head_dim: u32) -> u32 {
-        head_dim.div_ceil(64) * 128 * (self.queries * self.rows + 2 * self.stages * self.keys) + 1024
-    }
 }
 
 /// Attention's kernels and what they need between launches.

@@ -29,6 +29,7 @@ mod rows;
 mod short;
 mod step;
 mod symbols;
+mod tiles;
 mod widen;
 
 use std::collections::BTreeMap;
