@@ -352,7 +352,7 @@ impl Cut {
                     continue;
                 }
                 // Memory is read in order within a place's 128 bytes, times the depth.
-                for (depth, slower) in [(1usize, 1.3), (2, 1.15), (4, 1.0), (8, 1.02)] {
+                for (depth, slower) in [(1usize, 1.3), (2, 1.17), (4, 1.0), (8, 1.02)] {
                     let stages = places.div_ceil(depth);
                     if tile_units * depth > 8 || stages < splits {
                         continue;
