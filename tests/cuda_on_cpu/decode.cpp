@@ -111,6 +111,6 @@ static bool check(uint32_t seed, double &worst) {
 }
 
 int main(int count, char **words) {
-    gpu::lateness = 4;
+    gpu::lateness = 6;
     return run_cases(count, words, check);
 }

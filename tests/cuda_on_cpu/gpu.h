@@ -115,9 +115,9 @@ static std::vector<Fiber> fibers;
 static std::vector<Block> blocks;
 static std::vector<Meeting> clusters;
 using Events = std::vector<std::function<void()>>;
-static Events pending, stores; // what happens by itself; and words that are on their way
+static Events pending, crumbs, stores; // what happens by itself: boxes, copies of threads, words
 static uint32_t late;          // one step of so many, a word arrives
-static uint32_t lateness = 1;  // of copies, up to four; more than one where nobody spins
+static uint32_t lateness = 1;  // of copies, up to six; more than one where nobody spins
 static jmp_buf scheduler;
 static uint32_t here, clock_now, ended;
 static uint32_t barriers_at = SHARED_BASE; // where a block's barriers begin
@@ -186,8 +186,9 @@ static void launch(uint64_t seed, uint32_t count, uint32_t threads, std::functio
     late = 8u << 3 * draw(3);
     kernel = std::move(what);
     gridDim.x = max(count, all), ended = 0, over = !previous;
-    const uint32_t lands = 8u << 3 * draw(lateness); // one step of so many, a copy
-    const uint32_t takes = 1u << 2 * draw(7); // the kernel before, from now on
+    // One step of so many, a box, a thread's copy, a word, or the kernel before is over.
+    const uint32_t chances[] = {8u << 3 * draw(lateness), 8u << 3 * draw(lateness), late, 1u << 2 * draw(7)};
+    Events *const events[] = {&pending, &crumbs, &stores};
     blocks.assign(count, {});
     clusters.assign(count / CLUSTER, {});
     fibers.resize(count * threads);
@@ -216,20 +217,19 @@ static void launch(uint64_t seed, uint32_t count, uint32_t threads, std::functio
         uint32_t can = 0;
         for (Block &block : blocks)
             can += block.ready.empty() ? 0 : block.speed;
-        if (!pending.empty() && (can == 0 || draw(lands) == 0)) {
-            happen(pending);
-            continue;
+        // What happens by itself: where nobody can go on, any of it.
+        const uint32_t from = can == 0 ? draw(4) : 0;
+        bool happened = false;
+        for (uint32_t i = 0; i < 4 && !happened; i++) {
+            const uint32_t kind = (from + i) % 4;
+            happened = (kind < 3 ? !events[kind]->empty() : !over) && (can == 0 || draw(chances[kind]) == 0);
+            if (happened && kind < 3)
+                happen(*events[kind]);
+            else if (happened)
+                previous(), over = true, wake(before);
         }
-        if (!stores.empty() && (can == 0 || draw(late) == 0)) {
-            happen(stores);
+        if (happened)
             continue;
-        }
-        if (!over && (can == 0 || draw(takes) == 0)) {
-            previous();
-            over = true;
-            wake(before);
-            continue;
-        }
         if (can == 0)
             break;
         uint32_t at = draw(can), b = 0;

@@ -92,7 +92,7 @@ static uint32_t word_at(uint32_t at) {
 static void copy_16_if(bool use, uint32_t to, const void *from) {
     const uint32_t fiber = gpu::here, block = gpu::me().block;
     gpu::me().copies++;
-    gpu::pending.push_back([=] {
+    gpu::crumbs.push_back([=] {
         uint8_t *there = gpu::memory(block, to, 16);
         use ? memcpy(there, from, 16) : memset(there, 0, 16);
         if (--gpu::fibers[fiber].copies == 0)
@@ -101,7 +101,7 @@ static void copy_16_if(bool use, uint32_t to, const void *from) {
 }
 static void copy_16(uint32_t to, const void *from) { copy_16_if(true, to, from); }
 static void arrive_when_landed(uint32_t fiber, gpu::Barrier &barrier) {
-    gpu::pending.push_back([fiber, &barrier] {
+    gpu::crumbs.push_back([fiber, &barrier] {
         gpu::fibers[fiber].copies == 0 ? gpu::arrive(barrier) : arrive_when_landed(fiber, barrier);
     });
 }
