@@ -175,6 +175,6 @@ fn prefill_attention_is_attention() {
     {
         fs::write(folder.path().join(name), text).unwrap();
     }
-    holds("prefill", folder.path(), &fibers(&["-DHOPPER", "-D__CUDA_ARCH_FEAT_SM90_ALL"]), "30");
+    holds("prefill", folder.path(), &fibers(&["-DHOPPER", "-D__CUDA_ARCH_FEAT_SM90_ALL"]), "100");
     holds("prefill", folder.path(), &fibers(&[]), "60");
 }
