@@ -404,7 +404,7 @@ impl Device for CudaDevice {
         if moved | turned {
             self.recorded.clear();
         }
-        self.taken = self.step.upload(&self.stream, step, pool.blocks())?;
+        self.taken = self.step.upload(&self.stream, step, pool.blocks(), pool.shape().block_tokens)?;
         self.at = self.step.addresses(self.taken.rows, self.taken.seqs);
         let rows = self.taken.rows;
         let padded = Self::recorded_rows(rows);

@@ -125,11 +125,11 @@ impl StepMemory {
         Ok(true)
     }
 
-    /// Copies a step to the device, behind what the stream was given; refuses one
-    /// that contradicts itself.
-    pub fn upload(&mut self, stream: &Stream, step: &StepInput<'_>, blocks: u32) -> Result<Taken> {
+    /// Copies a step over a pool of `blocks` rBlocks of `block_tokens` tokens to the
+    /// device, behind what the stream was given; refuses one that contradicts itself.
+    pub fn upload(&mut self, stream: &Stream, step: &StepInput<'_>, blocks: u32, block_tokens: u32) -> Result<Taken> {
         let _metadata = range(c"metadata");
-        let taken = check(step, &self.layouts[1].capacity, blocks)?;
+        let taken = check(step, &self.layouts[1].capacity, blocks, block_tokens)?;
         let layout = self.layout(taken.rows, taken.seqs);
         let (staging, event) = &mut self.staging[self.next];
         self.next = (self.next + 1) % IN_FLIGHT;
@@ -181,7 +181,7 @@ fn put<T: bytemuck::Pod>(bytes: &mut [u8], at: usize, values: impl ExactSizeIter
 }
 
 /// Looks a step over: the kernels trust it.
-fn check(step: &StepInput<'_>, most: &Capacity, blocks: u32) -> Result<Taken> {
+fn check(step: &StepInput<'_>, most: &Capacity, blocks: u32, block_tokens: u32) -> Result<Taken> {
     let bad = |what: String| Err(DeviceError::Unsupported(format!("a step that contradicts itself: {what}")));
     let (rows, seqs, logits) = (step.tokens.len(), step.seqs.len(), step.logit_rows.len());
     if rows > most.rows || seqs > most.seqs || logits > most.logits {
@@ -193,6 +193,9 @@ fn check(step: &StepInput<'_>, most: &Capacity, blocks: u32) -> Result<Taken> {
     let block_of = |block: u32| block < blocks;
     if !step.slots.iter().all(|s| block_of(s.block)) || !step.runs.iter().all(|r| block_of(r.block)) {
         return bad(format!("a block outside a pool of {blocks}"));
+    }
+    if step.slots.iter().any(|s| s.offset >= block_tokens) || step.runs.iter().any(|r| r.tokens > block_tokens) {
+        return bad(format!("a token outside a block of {block_tokens}"));
     }
     if step.logit_rows.iter().any(|&row| row as usize >= rows) {
         return bad(format!("logits of a row outside of {rows}"));
@@ -222,4 +225,85 @@ fn check(step: &StepInput<'_>, most: &Capacity, blocks: u32) -> Result<Taken> {
         return bad(format!("sequences of {row} rows, of {rows}"));
     }
     Ok(taken)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::RowSlot;
+    use crate::kv::rblock::KvRun;
+
+    const MOST: Capacity = Capacity { rows: 8, seqs: 4, logits: 4, pages: 8 };
+
+    /// Two sequences, of two rows and of one, in a pool of three blocks of 16.
+    struct Step {
+        tokens: Vec<u32>,
+        slots: Vec<RowSlot>,
+        seqs: Vec<AttnSeq>,
+        runs: Vec<KvRun>,
+        logit_rows: Vec<u32>,
+    }
+
+    impl Step {
+        fn new() -> Self {
+            Self {
+                tokens: vec![1, 2, 3],
+                slots: [(16, 1, 0), (17, 1, 1), (4, 2, 4)]
+                    .map(|(position, block, offset)| RowSlot { position, block, offset })
+                    .to_vec(),
+                seqs: vec![
+                    AttnSeq { row: 0, rows: 2, position: 16, run: 0, runs: 2 },
+                    AttnSeq { row: 2, rows: 1, position: 4, run: 2, runs: 1 },
+                ],
+                runs: [(0, 0, 16), (1, 16, 2), (2, 0, 5)]
+                    .map(|(block, position, tokens)| KvRun { block, position, tokens })
+                    .to_vec(),
+                logit_rows: vec![1, 2],
+            }
+        }
+
+        fn checked(&self) -> Result<Taken> {
+            let Self { tokens, slots, seqs, runs, logit_rows } = self;
+            check(&StepInput { tokens, slots, seqs, runs, logit_rows }, &MOST, 3, 16)
+        }
+    }
+
+    #[test]
+    fn what_a_step_holds_is_remembered() {
+        let taken = Step::new().checked().unwrap();
+        let expected = Taken {
+            rows: 3,
+            seqs: 2,
+            logits: 2,
+            fewest: 1,
+            most: 2,
+            deepest: 16,
+            long_pages: (0, 2),
+            plain_decode: false,
+        };
+        assert_eq!(taken, expected);
+    }
+
+    #[test]
+    fn a_step_that_contradicts_itself_is_refused() {
+        type Spoil = fn(&mut Step);
+        let spoilt: [(&str, Spoil); 10] = [
+            ("9 rows", |s| s.tokens = vec![0; 9]),
+            ("3 rows with 2 slots", |s| s.slots.truncate(2)),
+            ("a block outside a pool of 3", |s| s.slots[0].block = 3),
+            ("a block outside a pool of 3", |s| s.runs[2].block = 3),
+            ("a token outside a block of 16", |s| s.slots[2].offset = 16),
+            ("a token outside a block of 16", |s| s.runs[0].tokens = 17),
+            ("logits of a row outside of 3", |s| s.logit_rows[0] = 3),
+            ("a sequence of 1 rows from row 1, not 2", |s| s.seqs[1].row = 1),
+            ("a sequence of 2 pages from 2 on, of 3", |s| s.seqs[1].runs = 2),
+            ("sequences of 2 rows, of 3", |s| s.seqs.truncate(1)),
+        ];
+        for (what, spoil) in spoilt {
+            let mut step = Step::new();
+            spoil(&mut step);
+            let error = step.checked().unwrap_err().to_string();
+            assert!(error.contains(what), "{error:?} does not say {what:?}");
+        }
+    }
 }
