@@ -116,8 +116,7 @@ static std::vector<Block> blocks;
 static std::vector<Meeting> clusters;
 using Events = std::vector<std::function<void()>>;
 static Events pending, crumbs, stores; // what happens by itself: boxes, copies of threads, words
-static uint32_t late;          // one step of so many, a word arrives
-static uint32_t lateness = 1;  // of copies, up to six; more than one where nobody spins
+static uint32_t lateness = 1; // of copies, up to six; more than one where nobody spins
 static jmp_buf scheduler;
 static uint32_t here, clock_now, ended;
 static uint32_t barriers_at = SHARED_BASE; // where a block's barriers begin
@@ -183,7 +182,7 @@ static void happen(Events &events) {
 // those from `first` on.
 static void launch(uint64_t seed, uint32_t count, uint32_t threads, std::function<void()> what, uint32_t first = 0, uint32_t all = 0) {
     source.seed(seed);
-    late = 8u << 3 * draw(3);
+    const uint32_t late = 8u << 3 * draw(3);
     kernel = std::move(what);
     gridDim.x = max(count, all), ended = 0, over = !previous;
     // One step of so many, a box, a thread's copy, a word, or the kernel before is over.

@@ -214,7 +214,9 @@ fn on_gpu(args: &Args, work: &Work, ordinal: usize) -> anyhow::Result<Figures> {
         marks[1].synchronize()?;
         Ok(Duration::from_secs_f64(f64::from(marks[1].since(&marks[0])?) / 1e3 / launches as f64))
     };
-    measured(args, work, &mut device, attend, |device| Ok(device.read_bandwidth()?))
+    let mut figures = measured(args, work, &mut device, attend, |device| Ok(device.read_bandwidth()?))?;
+    figures.values.insert(0, ("launches timed together".into(), launches as f64, ""));
+    Ok(figures)
 }
 
 /// Times `attend`, which takes one layer after the other, beside the bytes a second

@@ -7,7 +7,8 @@ use super::api;
 use super::driver::{Context, Event, Stream};
 use super::memory::{GpuMemory, Pinned};
 use crate::device::nvtx::range;
-use crate::device::{AttnSeq, DeviceError, Result, StepInput};
+use crate::device::{AttnSeq, DeviceError, Result, RowSlot, StepInput};
+use crate::kv::rblock::KvRun;
 
 /// Steps whose metadata may be on its way while the next is written.
 const IN_FLIGHT: usize = 2;
@@ -140,12 +141,12 @@ impl StepMemory {
             api::Step { rows: taken.rows as u32, seqs: taken.seqs as u32, logits: taken.logits as u32, reserved: 0 };
         bytes[..size_of::<api::Step>()].copy_from_slice(bytemuck::bytes_of(&header));
         put(bytes, layout.tokens, step.tokens.iter().copied());
-        let slot = |s: &crate::device::RowSlot| api::Slot { position: s.position, block: s.block, offset: s.offset };
+        let slot = |s: &RowSlot| api::Slot { position: s.position, block: s.block, offset: s.offset };
         put(bytes, layout.slots, step.slots.iter().map(slot));
         let seq = |s: &AttnSeq| api::Seq { row: s.row, rows: s.rows, position: s.position, page: s.run, pages: s.runs };
         put(bytes, layout.seqs, step.seqs.iter().map(seq));
         put(bytes, layout.logit_rows, step.logit_rows.iter().copied());
-        let page = |r: &crate::kv::rblock::KvRun| api::Page { block: r.block, position: r.position, tokens: r.tokens };
+        let page = |r: &KvRun| api::Page { block: r.block, position: r.position, tokens: r.tokens };
         put(bytes, layout.pages, step.runs.iter().map(page));
         let end = layout.pages + size_of::<api::Page>() * step.runs.len();
         self.device.upload(stream, 0, staging, 0..end)?;
@@ -190,12 +191,10 @@ fn check(step: &StepInput<'_>, most: &Capacity, blocks: u32, block_tokens: u32) 
     if step.slots.len() != rows {
         return bad(format!("{rows} rows with {} slots", step.slots.len()));
     }
-    let block_of = |block: u32| block < blocks;
-    if !step.slots.iter().all(|s| block_of(s.block)) || !step.runs.iter().all(|r| block_of(r.block)) {
-        return bad(format!("a block outside a pool of {blocks}"));
-    }
-    if step.slots.iter().any(|s| s.offset >= block_tokens) || step.runs.iter().any(|r| r.tokens > block_tokens) {
-        return bad(format!("a token outside a block of {block_tokens}"));
+    let is_slot = |s: &RowSlot| s.block < blocks && s.offset < block_tokens;
+    let is_run = |r: &KvRun| r.block < blocks && r.tokens <= block_tokens;
+    if !step.slots.iter().all(is_slot) || !step.runs.iter().all(is_run) {
+        return bad(format!("a token outside a pool of {blocks} blocks of {block_tokens}"));
     }
     if step.logit_rows.iter().any(|&row| row as usize >= rows) {
         return bad(format!("logits of a row outside of {rows}"));
@@ -230,8 +229,6 @@ fn check(step: &StepInput<'_>, most: &Capacity, blocks: u32, block_tokens: u32) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::RowSlot;
-    use crate::kv::rblock::KvRun;
 
     const MOST: Capacity = Capacity { rows: 8, seqs: 4, logits: 4, pages: 8 };
 
@@ -286,14 +283,15 @@ mod tests {
 
     #[test]
     fn a_step_that_contradicts_itself_is_refused() {
+        const OUTSIDE: &str = "a token outside a pool of 3 blocks of 16";
         type Spoil = fn(&mut Step);
         let spoilt: [(&str, Spoil); 10] = [
             ("9 rows", |s| s.tokens = vec![0; 9]),
             ("3 rows with 2 slots", |s| s.slots.truncate(2)),
-            ("a block outside a pool of 3", |s| s.slots[0].block = 3),
-            ("a block outside a pool of 3", |s| s.runs[2].block = 3),
-            ("a token outside a block of 16", |s| s.slots[2].offset = 16),
-            ("a token outside a block of 16", |s| s.runs[0].tokens = 17),
+            (OUTSIDE, |s| s.slots[0].block = 3),
+            (OUTSIDE, |s| s.slots[2].offset = 16),
+            (OUTSIDE, |s| s.runs[2].block = 3),
+            (OUTSIDE, |s| s.runs[0].tokens = 17),
             ("logits of a row outside of 3", |s| s.logit_rows[0] = 3),
             ("a sequence of 1 rows from row 1, not 2", |s| s.seqs[1].row = 1),
             ("a sequence of 2 pages from 2 on, of 3", |s| s.seqs[1].runs = 2),
