@@ -474,16 +474,17 @@ struct DecodeShort {
     float scale;           // of scores
 };
 
-// Merges a peer's partial into (o, lse), in place; see state.cuh.
+// Merges a peer's partials into (o, lse), in place; see state.cuh.
 struct Merge {
     const float *remote_o;   // [count, heads * head_dim]
     const float *remote_lse; // [count, heads]
     const uint32_t *rows;    // [count] rows of o and lse, each at most once
-    const uint32_t *count;   // [1]
     void *o;                 // T [rows, heads * head_dim]
     float *lse;              // [rows, heads]
+    uint32_t count;
     uint32_t heads;
-    uint32_t head_dim;       // a multiple of 4
+    uint32_t head_dim; // a multiple of 4
+    uint32_t reserved;
 };
 
 // What is added to and taken from one logit of a row before the choice; a row's

@@ -114,11 +114,11 @@ __device__ __forceinline__ void each_run(uint32_t rows, uint32_t cols, F f) {
 } // namespace distkv
 
 // The two entry points of a kernel of T, from a template over T that takes the
-// same struct.
-#define DISTKV_KERNELS(name, Struct, threads)                                                                         \
-    extern "C" __global__ void __launch_bounds__(threads) name##_bf16(const __grid_constant__ distkv::Struct p) {     \
+// same struct, and its launch bounds.
+#define DISTKV_KERNELS(name, Struct, ...)                                                                             \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name##_bf16(const __grid_constant__ distkv::Struct p) { \
         distkv::name<__nv_bfloat16>(p);                                                                               \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(threads) name##_f16(const __grid_constant__ distkv::Struct p) {      \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name##_f16(const __grid_constant__ distkv::Struct p) {  \
         distkv::name<__half>(p);                                                                                      \
     }

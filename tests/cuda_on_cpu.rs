@@ -178,3 +178,12 @@ fn prefill_attention_is_attention() {
     holds("prefill", folder.path(), &fibers(&["-DHOPPER", "-D__CUDA_ARCH_FEAT_SM90_ALL"]), "100");
     holds("prefill", folder.path(), &fibers(&[]), "60");
 }
+
+/// Likewise.
+#[test]
+fn partials_of_peers_are_merged() {
+    let folder = tempfile::tempdir().unwrap();
+    copy(folder.path(), &["state.cuh", "api.h"], &["rows.cuh", "cuda.h", "cuda_runtime.h"], "gpu.h");
+    fs::write(folder.path().join("merge.cu"), body("cuda/merge.cu", "DISTKV_KERNELS(", &[])).unwrap();
+    holds("merge", folder.path(), &fibers(&[]), "200");
+}

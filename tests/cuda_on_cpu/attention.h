@@ -11,11 +11,6 @@
 
 namespace distkv {
 
-static bool fail(const char *what, double got, double want) {
-    printf("%s is %g, not %g\n", what, got, want);
-    return false;
-}
-
 struct Sequences {
     uint32_t d, kv_heads, group, tokens, window, pairs, blocks = 0;
     bool interleaved, normed, fp8 = false;
@@ -185,20 +180,5 @@ struct Sequences {
         return error < 1e-2 || fail("the distance of o", error, 0);
     }
 };
-
-// CASES [SEED] on the command line: so many cases from that seed on.
-static int run_cases(int count, char **words, bool (*check)(uint32_t seed, double &worst)) {
-    const uint32_t cases = atoi(words[1]), first = count > 2 ? atoi(words[2]) : 1;
-    double worst = 0;
-    for (uint32_t seed = first; seed < first + cases; seed++) {
-        choices.seed(seed);
-        if (!check(seed, worst)) {
-            printf("seed %u\n", seed);
-            return 1;
-        }
-    }
-    printf("%u cases, o within %.1e\n", cases, worst);
-    return 0;
-}
 
 } // namespace distkv

@@ -377,9 +377,19 @@ static uint8_t shared[1]; // what a kernel calls its memory
 static float to_float(__half x) { return float(x.value); }
 template <> __half from_float<__half>(float x) { return {_Float16(x)}; }
 template <> float from_float<float>(float x) { return x; }
+static float to_float(float x) { return x; }
+template <uint32_t N, class T> T *run_at(T *p) {
+    if (reinterpret_cast<uint64_t>(p) % min(N * sizeof(T), size_t(16)) != 0)
+        gpu::fail("a run that is not aligned");
+    return p;
+}
+template <uint32_t N, class T> void load(const T *from, float (&to)[N]) {
+    for (uint32_t i = 0; i < N; i++)
+        to[i] = to_float(run_at<N>(from)[i]);
+}
 template <uint32_t N, class T> void store(T *to, const float (&from)[N]) {
     for (uint32_t i = 0; i < N; i++)
-        to[i] = from_float<T>(from[i]);
+        run_at<N>(to)[i] = from_float<T>(from[i]);
 }
 static float lanes_sum(float x, uint32_t lanes = 32) {
     for (uint32_t step = lanes / 2; step > 0; step /= 2)
@@ -425,6 +435,7 @@ static void wait_for_previous() {
         gpu::wait(gpu::before);
 }
 static void launch_next() {}
+static void begin_kernel() { wait_for_previous(); } // of rows.cuh
 static gpu::Barrier &barrier_at(uint32_t at) { return gpu::barrier(gpu::block_at(at), gpu::offset_at(at)); }
 static void barrier_init(uint32_t at, uint32_t arrivals) { barrier_at(at).count = barrier_at(at).pending = arrivals; }
 static void barrier_init_done() {}

@@ -19,6 +19,7 @@ mod fp8;
 mod goldens;
 mod kernels;
 mod memory;
+mod partials;
 mod soak;
 
 use std::time::Instant;
@@ -38,6 +39,7 @@ type Check = fn(&Settings) -> Result<String, String>;
 const CHECKS: &[(&str, Check)] = &[
     ("attention", kernels::attention),
     ("rows", kernels::rows),
+    ("partials", partials::partials),
     ("fp8", fp8::fp8),
     ("handed", decode::handed),
     ("short", decode::short),

@@ -11,7 +11,7 @@ use super::kv::fill;
 use super::report::{Output, Report};
 use crate::device::cpu::bandwidth::ReadSweep;
 use crate::device::cpu::{CpuHolder, CpuOptions};
-use crate::device::cuda::driver::Event;
+use crate::device::cuda::driver::{Event, Graph, Stream};
 use crate::device::cuda::{CudaDevice, CudaOptions, Element, FENCED_BELOW};
 use crate::device::{AttentionShape, AttnSeq, Device, HolderKernel, Rope, RowSlot, StepInput};
 use crate::kv::pool::KvPool;
@@ -196,27 +196,63 @@ fn on_gpu(args: &Args, work: &Work, ordinal: usize) -> anyhow::Result<Figures> {
     // What is prepared at first use is none of the recording's.
     device.attention(shape, None, 0, &pool, &qkv, &mut o, &mut lse);
     device.end_step()?;
-    let stream = device.stream().clone();
-    stream.synchronize()?;
     let launches = LAUNCHES.next_multiple_of(kv.layers as usize);
-    stream.begin_capture()?;
-    for i in 0..launches {
+    let attentions = Row::of(&mut device, launches, |device, i| {
         device.attention(shape, None, i % kv.layers as usize, &pool, &qkv, &mut o, &mut lse);
-    }
-    let graph = stream.end_capture();
-    device.end_step()?;
-    let graph = graph?;
-    let marks = [Event::new(stream.context(), true)?, Event::new(stream.context(), true)?];
-    let attend = |_: &mut CudaDevice| {
-        marks[0].record(&stream)?;
-        stream.launch(&graph)?;
-        marks[1].record(&stream)?;
-        marks[1].synchronize()?;
-        Ok(Duration::from_secs_f64(f64::from(marks[1].since(&marks[0])?) / 1e3 / launches as f64))
-    };
+    })?;
+    let attend = |_: &mut CudaDevice| attentions.time();
     let mut figures = measured(args, work, &mut device, attend, |device| Ok(device.read_bandwidth()?))?;
     figures.values.insert(0, ("launches timed together".into(), launches as f64, ""));
+
+    // A partial of each row, as a peer's answer to each of its queries.
+    let (remote_o, remote_lse) = (work.queries(rows, shape.q_width()), work.queries(rows, shape.heads));
+    let all = 0..rows as u32;
+    device.merge(shape, std::slice::from_ref(&all), &remote_o, &remote_lse, &mut o, &mut lse);
+    device.end_step()?;
+    let merges = Row::of(&mut device, LAUNCHES, |device, _| device.merge_again(&mut o, &mut lse))?;
+    let mut times = Histogram::<u64>::new(3)?;
+    let end = Instant::now() + Duration::from_secs_f64(args.seconds / f64::from(ROUNDS));
+    while Instant::now() < end {
+        times.record(merges.time()?.as_nanos().try_into()?)?;
+    }
+    figures.histograms.push(("merge of a partial".into(), times));
     Ok(figures)
+}
+
+/// Launches one behind the other, as a step's graph has them.
+struct Row {
+    launches: usize,
+    graph: Graph,
+    marks: [Event; 2],
+    stream: Arc<Stream>,
+}
+
+impl Row {
+    /// What `launch` does so many times, told which it is.
+    fn of(
+        device: &mut CudaDevice,
+        launches: usize,
+        mut launch: impl FnMut(&mut CudaDevice, usize),
+    ) -> anyhow::Result<Self> {
+        let stream = device.stream().clone();
+        stream.synchronize()?;
+        stream.begin_capture()?;
+        (0..launches).for_each(|i| launch(device, i));
+        let graph = stream.end_capture();
+        device.end_step()?;
+        let marks = [Event::new(stream.context(), true)?, Event::new(stream.context(), true)?];
+        Ok(Self { launches, graph: graph?, marks, stream })
+    }
+
+    /// Does them all: one's share of the time.
+    fn time(&self) -> anyhow::Result<Duration> {
+        let [begin, end] = &self.marks;
+        begin.record(&self.stream)?;
+        self.stream.launch(&self.graph)?;
+        end.record(&self.stream)?;
+        end.synchronize()?;
+        Ok(Duration::from_secs_f64(f64::from(end.since(begin)?) / 1e3 / self.launches as f64))
+    }
 }
 
 /// Times `attend`, which takes one layer after the other, beside the bytes a second

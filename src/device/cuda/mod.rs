@@ -24,6 +24,7 @@ mod kernels;
 mod linear;
 mod load;
 mod memory;
+mod partials;
 mod refusal;
 mod rows;
 mod short;
@@ -50,6 +51,7 @@ use kernels::Kernels;
 use linear::Linears;
 use load::Loader;
 use memory::GpuMemory;
+use partials::Partials;
 use rows::Rows;
 use short::HeadNorms;
 use step::{Addresses, Capacity, StepMemory, Taken};
@@ -110,6 +112,7 @@ pub struct CudaDevice {
     rows: Rows,
     linears: Linears,
     attention: Attention,
+    partials: Partials,
     chooser: Option<Chooser>,
     loader: Option<Loader>,
     step: StepMemory,
@@ -155,6 +158,7 @@ impl CudaDevice {
             rows: Rows::new(&context, &kernels, options.element, padded)?,
             linears: Linears::new(&context, &kernels, &stream, &options)?,
             attention: Attention::new(&context, &kernels, options.element, padded, most.seqs)?,
+            partials: Partials::new(&context, &kernels)?,
             chooser: None,
             loader: None,
             kernels,
@@ -224,6 +228,11 @@ impl CudaDevice {
         self.linears.flush(&self.stream)?;
         (x.counted, x.unscaled) = (Counted::Rows, None);
         self.rows.upload(&self.stream, x, values)
+    }
+
+    /// Merges the partials that were merged last once more: for benches.
+    pub fn merge_again(&mut self, o: &mut Buffer, lse: &mut Buffer) {
+        self.attempt(|d| d.partials.merge(&d.stream, o, lse));
     }
 
     /// Waits until all weights are there; what loading needed is given back.
@@ -572,7 +581,10 @@ impl Device for CudaDevice {
         o: &mut Buffer,
         lse: &mut Buffer,
     ) {
-        self.attempt(|d| d.rows.merge(&d.stream, shape, rows, remote_o, remote_lse, o, lse));
+        self.attempt(|d| {
+            d.partials.stage(&d.stream, shape, rows, remote_o, remote_lse)?;
+            d.partials.merge(&d.stream, o, lse)
+        });
     }
 
     fn swiglu(&mut self, gate_up: &Buffer, rows: usize, out: &mut Buffer) {

@@ -1,5 +1,5 @@
 //! The kernels that go over rows: embedding, norms, rotary embedding and the way
-//! of K and V into the pool, merging, and rows on their way to and from the host.
+//! of K and V into the pool, and rows on their way to and from the host.
 
 #![allow(unsafe_code)]
 
@@ -43,7 +43,6 @@ pub struct Rows {
     rms_norm: Kernel,
     rope_table: Kernel,
     rope_append: Kernel,
-    merge: Kernel,
     angles: Option<Angles>,
     max_rows: usize,
     /// Between the device and the host.
@@ -61,7 +60,6 @@ impl Rows {
             rms_norm: kernels.typed("rms_norm", 0)?,
             rope_table: kernels.plain("rope_table", 0)?,
             rope_append: kernels.typed("rope_append", 0)?,
-            merge: kernels.typed("merge", 0)?,
             angles: None,
             max_rows,
             staging: None,
@@ -254,60 +252,6 @@ impl Rows {
             dst.iter_mut().zip(row).for_each(|(to, &bits)| *to = element.widen(bits));
         }
         Ok(())
-    }
-
-    /// Merges a peer's partials into `o` and `lse` of `rows`.
-    pub fn merge(
-        &mut self,
-        stream: &Stream,
-        shape: &AttentionShape,
-        rows: &[Range<u32>],
-        remote_o: &[f32],
-        remote_lse: &[f32],
-        o: &Buffer,
-        lse: &Buffer,
-    ) -> Result<()> {
-        let index: Vec<u32> = rows.iter().flat_map(|r| r.clone()).collect();
-        let (width, heads, count) = (shape.q_width(), shape.heads, index.len());
-        assert!(remote_o.len() == count * width && remote_lse.len() == count * heads, "partials");
-        assert!(index.iter().all(|&row| (row as usize) < o.rows().min(lse.rows())), "rows of partials");
-        if !shape.head_dim.is_multiple_of(4) {
-            let d = shape.head_dim;
-            return Err(DeviceError::Unsupported(format!("CUDA: merging heads of {d} elements; a multiple of 4")));
-        }
-        let header = count as u32;
-        let parts: [&[u8]; 4] = [
-            bytemuck::cast_slice(remote_o),
-            bytemuck::cast_slice(remote_lse),
-            bytemuck::cast_slice(&index),
-            bytemuck::bytes_of(&header),
-        ];
-        let total = parts.iter().map(|p| p.len().next_multiple_of(16)).sum();
-        let (merge, blocks) = (self.merge, 4 * self.context.properties().multiprocessors as usize);
-        // What the last merge uploaded may still be on its way.
-        stream.synchronize()?;
-        let (device, host) = self.staging(total)?;
-        let mut at = [0; 4];
-        let mut end = 0;
-        for (at, part) in at.iter_mut().zip(parts) {
-            *at = end;
-            host.bytes_mut()[end..end + part.len()].copy_from_slice(part);
-            end += part.len().next_multiple_of(16);
-        }
-        device.upload(stream, 0, host, 0..end)?;
-        let address = |i: usize| device.address() + at[i] as u64;
-        let arguments = api::Merge {
-            remote_o: address(0),
-            remote_lse: address(1),
-            rows: address(2),
-            count: address(3),
-            o: o.address(),
-            lse: lse.address(),
-            heads: heads as u32,
-            head_dim: shape.head_dim as u32,
-        };
-        // SAFETY: the partials were uploaded, and the rows lie in the buffers.
-        unsafe { merge.launch(stream, Grid::new(blocks, 256), &arguments) }
     }
 
     /// The first `rows` rows of `x`, to the host, as f32.
