@@ -5,7 +5,7 @@
 // linear layers behind it, which brings its weights meanwhile.
 //
 // Every sequence has one row. Grid: (kv_heads * cluster, rows), clusters of 1, 2, 4 or
-// 8 along x, 128 threads. The blocks of a cluster share the positions that a row and
+// 8 along x, 256 threads. The blocks of a cluster share the positions that a row and
 // kv head attends to, each at most SHORT_TOKENS of them, and each finishes an equal
 // share of the result.
 //
@@ -21,15 +21,16 @@
 namespace distkv {
 namespace {
 
-constexpr uint32_t SHORT_TOKENS = 128, SHORT_WARPS = 4, MOST_SHARERS = 8;
+constexpr uint32_t SHORT_TOKENS = 128, SHORT_WARPS = 8, MOST_SHARERS = 8;
 constexpr uint32_t NOWHERE = ~0u;
 
 // G: query heads of a kv head, rounded up to a power of two.
 template <uint32_t D, uint32_t G> struct Shared {
-    alignas(16) float q[G][D]; // scaled, so that a weight is exp2 of a score
+    // Queries, scaled, so that a weight is exp2 of a score; once all of the cluster have
+    // their scores, sums: [sharers][this block's share].
+    alignas(16) float q[G * D];
     alignas(16) float own_key[D];
     alignas(16) float own_value[D];
-    alignas(16) float o[G * D]; // [sharers][this block's share] of sums
     // Of the tokens, and behind them of the row's own: scores, then weights.
     float score[SHORT_TOKENS + 1][G];
     alignas(8) float2 state[MOST_SHARERS][G]; // maximum and sum, of each sharer
@@ -117,7 +118,7 @@ template <uint32_t V, uint32_t LANES> __device__ __forceinline__ float sum_value
 template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decode_short(const DecodeShort &p) {
     // Keys: LANES lanes have 4 elements each of a token, BATCH tokens at once.
     constexpr uint32_t LANES = D / 4, BATCH = 16 / G < 8 ? 16 / G : 8, KEY_GROUPS = SHORT_WARPS * 32 / LANES;
-    // Values: a warp has a quarter of the elements, 4 a lane, of several tokens at once.
+    // Values: a warp has an eighth of the elements, 4 a lane, of several tokens at once.
     constexpr uint32_t WIDTH = D / SHORT_WARPS / 4, AT_ONCE = 32 / WIDTH, AHEAD = 4;
     __shared__ __align__(16) Shared<D, G> shared;
     launch_next();
@@ -181,7 +182,6 @@ template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decod
         }
     };
     load_values(0, value);
-    cluster_arrive(); // this block is there
     wait_for_previous();
 
     // The row's heads.
@@ -191,7 +191,7 @@ template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decod
         if (j < G) {
             const T *from = qkv + (kv_head * group + min(j, group - 1)) * D;
             turn_head<T, D>(p, from, p.q_norm, true, table, lane, [&](uint32_t e, T x) {
-                shared.q[j][e] = j < group ? to_float(x) * (p.scale * LOG2_E) : 0.0f;
+                shared.q[j * D + e] = j < group ? to_float(x) * (p.scale * LOG2_E) : 0.0f;
             });
             continue;
         }
@@ -212,7 +212,7 @@ template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decod
         float4 q[G];
 #pragma unroll
         for (uint32_t g = 0; g < G; g++) {
-            q[g] = *reinterpret_cast<const float4 *>(&shared.q[g][sub * 4]);
+            q[g] = *reinterpret_cast<const float4 *>(&shared.q[g * D + sub * 4]);
         }
         for (uint32_t base = 0; base < count; base += KEY_GROUPS * BATCH) {
             uint2 next[BATCH];
@@ -243,7 +243,7 @@ template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decod
         for (uint32_t g = warp; g < G; g += SHORT_WARPS) {
             float sum = 0.0f;
             for (uint32_t e = lane; e < D; e += 32) {
-                sum += shared.own_key[e] * shared.q[g][e];
+                sum += shared.own_key[e] * shared.q[g * D + e];
             }
             sum = lanes_sum(sum);
             if (lane == 0) {
@@ -252,6 +252,7 @@ template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decod
         }
     }
     __syncthreads();
+    cluster_arrive(); // this block has its scores
     for (uint32_t g = warp; g < G; g += SHORT_WARPS) {
         float most = NO_SCORE, sum = 0.0f;
         for (uint32_t t = lane; t < all; t += 32) {
@@ -308,12 +309,13 @@ template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decod
 
     // To who finishes them.
     cluster_wait();
+    float *const sums = shared.q; // as nobody reads queries any more
     const uint32_t slice = G * D / sharers;
 #pragma unroll
     for (uint32_t g = 0; g < G; g++) {
         const uint32_t at = g * D + element;
         if (g % AT_ONCE == value_token) {
-            store_peer(reinterpret_cast<float4 *>(&shared.o[rank * slice + at % slice]), at / slice, o[g]);
+            store_peer(reinterpret_cast<float4 *>(&sums[rank * slice + at % slice]), at / slice, o[g]);
         }
     }
     if (thread < sharers * G) {
@@ -332,7 +334,7 @@ template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decod
         for (uint32_t s = 0; s < sharers; s++) {
             const float factor = fast_exp2(shared.state[s][g].x - most);
             total += shared.state[s][g].y * factor;
-            sum += shared.o[s * slice + i] * factor;
+            sum += sums[s * slice + i] * factor;
         }
         const uint64_t head = uint64_t(row) * p.heads + kv_head * group + g;
         static_cast<T *>(p.o)[head * D + e] = from_float<T>(sum / total); // the row's own token has a weight
@@ -346,11 +348,11 @@ template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decod
 } // namespace distkv
 
 #define SHORT(D, G)                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(128)                                                                  \
+    extern "C" __global__ void __launch_bounds__(256)                                                                  \
         decode_short_d##D##_g##G##_bf16(const __grid_constant__ distkv::DecodeShort p) {                               \
         distkv::decode_short<__nv_bfloat16, D, G>(p);                                                                  \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(128)                                                                  \
+    extern "C" __global__ void __launch_bounds__(256)                                                                  \
         decode_short_d##D##_g##G##_f16(const __grid_constant__ distkv::DecodeShort p) {                                \
         distkv::decode_short<__half, D, G>(p);                                                                         \
     }

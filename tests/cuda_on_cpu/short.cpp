@@ -19,7 +19,7 @@ struct Index {
     uint32_t x, y;
 };
 
-constexpr uint32_t THREADS = 128, MOST_BLOCKS = 8;
+constexpr uint32_t THREADS = 256, MOST_BLOCKS = 8;
 struct Warp {
     pthread_barrier_t all;
     float lanes[32];
@@ -31,7 +31,10 @@ struct Block {
 };
 static Block blocks[MOST_BLOCKS]; // of a cluster
 static uint32_t cluster;
-static pthread_barrier_t cluster_all;
+static pthread_mutex_t arriving = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t arrived = PTHREAD_COND_INITIALIZER;
+static uint64_t arrivals; // of the cluster's threads
+static thread_local uint64_t arrivals_here;
 static thread_local Index threadIdx, blockIdx;
 static thread_local uint32_t rank_here;
 
@@ -57,9 +60,23 @@ constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f, NO_SCO
 
 static uint32_t cluster_blocks() { return cluster; }
 static uint32_t cluster_rank() { return rank_here; }
-static void cluster_sync() { pthread_barrier_wait(&cluster_all); }
-static void cluster_arrive() {}
-static void cluster_wait() { cluster_sync(); }
+static void cluster_arrive() {
+    arrivals_here++;
+    pthread_mutex_lock(&arriving);
+    if (++arrivals % (THREADS * cluster) == 0)
+        pthread_cond_broadcast(&arrived);
+    pthread_mutex_unlock(&arriving);
+}
+static void cluster_wait() {
+    pthread_mutex_lock(&arriving);
+    while (arrivals < arrivals_here * THREADS * cluster)
+        pthread_cond_wait(&arrived, &arriving);
+    pthread_mutex_unlock(&arriving);
+}
+static void cluster_sync() {
+    cluster_arrive();
+    cluster_wait();
+}
 static void launch_next() {}
 static void wait_for_previous() {}
 static float fast_exp2(float x) { return exp2f(x); }
@@ -106,7 +123,7 @@ using namespace distkv;
 template <uint32_t D, uint32_t G> void launch(const DecodeShort &p, uint32_t rows) {
     for (uint32_t i = 0; i < rows * p.kv_heads; i++) {
         std::vector<std::thread> threads;
-        pthread_barrier_init(&cluster_all, nullptr, THREADS * cluster);
+        arrivals = 0;
         for (uint32_t b = 0; b < cluster; b++) {
             pthread_barrier_init(&blocks[b].all, nullptr, THREADS);
             for (Warp &warp : blocks[b].warps)

@@ -239,13 +239,15 @@ impl Case {
         let mut case = Self { shape, window, kv, slots: Vec::new(), seqs: Vec::new(), runs: Vec::new() };
         let rows = *[1u32, 2, 3, 8, 20].choose(random).expect("some");
         let mut next = 0;
+        // What the kernel is for: with more rows fewer blocks share one, and with few
+        // positions too.
+        let most = match rows {
+            1 => 1000,
+            20 if kv_heads > 2 => 120,
+            _ => 250,
+        };
+        let most = if random.random_bool(0.3) { 60 } else { most };
         for row in 0..rows {
-            // What the kernel is for: with more rows fewer blocks share one.
-            let most = match rows {
-                1 => 1000,
-                20 if kv_heads > 2 => 120,
-                _ => 250,
-            };
             let own = random.random_range(0..most);
             let own = if random.random_bool(0.1) { 0 } else { own };
             let (run, mut position, sparse) = (case.runs.len() as u32, 0, random.random_bool(0.3));

@@ -24,7 +24,7 @@ use super::element::Element;
 use super::kernels::{Grid, Kernel, Kernels, Swizzle, Tensor, TensorMap};
 use super::memory::GpuMemory;
 use super::rows::Turned;
-use super::short::{HeadNorms, Short};
+use super::short::{Short, ShortStep};
 use super::step::{Addresses, Taken};
 use super::tiles::{Tile, Unit};
 use super::widen::Widened;
@@ -131,9 +131,9 @@ impl Attention {
     }
 
     /// Whether a step of so many rows, or fewer that are padded, can be run by
-    /// [`run_short`](Self::run_short).
-    pub fn is_short(&self, rows: usize, taken: &Taken) -> bool {
-        self.fit.as_ref().and_then(|f| f.short.as_ref()).is_some_and(|short| short.takes(rows, taken))
+    /// [`run_short`](Self::run_short), and by how many blocks a row and KV head.
+    pub fn sharers(&self, rows: usize, taken: &Taken) -> Option<usize> {
+        self.fit.as_ref()?.short.as_ref()?.takes(rows, taken)
     }
 
     /// A new step: what was planned is of the last one.
@@ -435,7 +435,7 @@ impl Attention {
     }
 
     /// The rotary embedding, the way of keys and values into the pool and the
-    /// attention of one layer, for a step that [`is_short`](Self::is_short).
+    /// attention of one layer, for a step that has [`sharers`](Self::sharers).
     pub fn run_short(
         &self,
         stream: &Stream,
@@ -443,7 +443,7 @@ impl Attention {
         rows: usize,
         window: Option<u32>,
         layer: usize,
-        norms: HeadNorms,
+        step: ShortStep,
         turned: Turned,
         qkv: &Buffer,
         o: &Buffer,
@@ -452,7 +452,7 @@ impl Attention {
         let Some(Fit { shape, kv, short: Some(short), .. }) = &self.fit else {
             return Err(DeviceError::System("attention before its pool was made known".into()));
         };
-        short.run(stream, at, rows, shape, window, norms, turned, (self.layer(layer), kv), qkv, o, lse)
+        short.run(stream, at, rows, shape, window, step, turned, (self.layer(layer), kv), qkv, o, lse)
     }
 
     /// The address of a layer of the pool.

@@ -53,7 +53,7 @@ use load::Loader;
 use memory::GpuMemory;
 use partials::Partials;
 use rows::Rows;
-use short::HeadNorms;
+use short::{HeadNorms, ShortStep};
 use step::{Addresses, Capacity, StepMemory, Taken};
 use widen::Widened;
 
@@ -103,8 +103,8 @@ enum Recorded {
 pub struct CudaDevice {
     // Waits for the GPU before anything is freed: fields go in order.
     _drain: Drain,
-    /// By number of rows, and whether the contexts are short.
-    recorded: BTreeMap<(usize, bool), Recorded>,
+    /// By number of rows, and the blocks that share a row where the contexts are short.
+    recorded: BTreeMap<(usize, Option<usize>), Recorded>,
     /// The number of rows that is being recorded.
     recording: Option<usize>,
     options: CudaOptions,
@@ -120,7 +120,7 @@ pub struct CudaDevice {
     taken: Taken,
     /// The step's contexts are short: a layer's attention turns and appends too, and
     /// this is what it will need for that.
-    short: Option<HeadNorms>,
+    short: Option<ShortStep>,
     /// What a kernel of the step was refused for.
     failed: Option<DeviceError>,
     stream: Arc<Stream>,
@@ -422,11 +422,12 @@ impl Device for CudaDevice {
             && self.taken.plain_decode
             && padded <= MAX_RECORDED.min(self.options.max_seqs)
             && self.attention.is_fit(pool);
-        let short = local && self.attention.is_fit(pool) && self.attention.is_short(padded, &self.taken);
-        self.short = short.then(HeadNorms::default);
+        let fits = local && self.attention.is_fit(pool);
+        let sharers = self.attention.sharers(padded, &self.taken).filter(|_| fits);
+        self.short = sharers.map(|sharers| ShortStep { sharers, ..Default::default() });
         let mut pass = Pass::Run { rows, logits: self.taken.logits };
         if record {
-            match self.recorded.get(&(padded, short)) {
+            match self.recorded.get(&(padded, sharers)) {
                 Some(Recorded::Graph(graph)) => {
                     self.stream.launch(graph)?;
                     return Ok(Pass::Replayed);
@@ -435,7 +436,7 @@ impl Device for CudaDevice {
                     self.stream.begin_capture()?;
                     self.recording = Some(padded);
                 }
-                None => drop(self.recorded.insert((padded, short), Recorded::Warm)),
+                None => drop(self.recorded.insert((padded, sharers), Recorded::Warm)),
             }
             pass = Pass::Run { rows: padded, logits: padded };
         }
@@ -453,7 +454,7 @@ impl Device for CudaDevice {
         }
         let graph = graph?;
         self.stream.launch(&graph)?;
-        self.recorded.insert((rows, self.short.is_some()), Recorded::Graph(graph));
+        self.recorded.insert((rows, self.short.map(|s| s.sharers)), Recorded::Graph(graph));
         Ok(())
     }
 
@@ -531,10 +532,12 @@ impl Device for CudaDevice {
         self.attempt(|d| {
             if d.attention.fit(&d.kernels, &d.stream, shape, pool)? {
                 d.recorded.clear();
-                d.short = d.short.filter(|_| d.attention.is_short(Self::recorded_rows(rows), &d.taken));
+                let sharers = d.attention.sharers(Self::recorded_rows(rows), &d.taken);
+                d.short =
+                    sharers.filter(|_| d.short.is_some()).map(|sharers| ShortStep { sharers, ..Default::default() });
             }
-            if let Some(norms) = &mut d.short {
-                *norms = HeadNorms::new(shape, qk_norm);
+            if let Some(step) = &mut d.short {
+                step.norms = HeadNorms::new(shape, qk_norm);
                 return Ok(());
             }
             let kv = Self::layer(pool, layer)?;
@@ -559,9 +562,9 @@ impl Device for CudaDevice {
                 d.recorded.clear();
             }
             match d.short {
-                Some(norms) => {
+                Some(step) => {
                     let turned = d.rows.turned()?;
-                    d.attention.run_short(&d.stream, &d.at, rows, window, layer, norms, turned, qkv, o, lse)
+                    d.attention.run_short(&d.stream, &d.at, rows, window, layer, step, turned, qkv, o, lse)
                 }
                 None => d.attention.run(&d.stream, &d.at, &d.taken, window, layer, qkv, o, lse),
             }

@@ -19,14 +19,17 @@ const HEAD_DIMS: [usize; 2] = [64, 128];
 const MAX_GROUP: usize = 8;
 /// Positions that a block attends to, most, of one row (all that the kernel takes) and
 /// of several: with more the other kernels are faster.
-const TOKENS: [usize; 2] = [128, 32];
+const TOKENS: [usize; 2] = [128, 64];
+/// Positions, times query heads a KV head, that a block attends to before others share
+/// them: they have to wait for each other.
+const ALONE: usize = 256;
 /// Blocks that share a row and KV head, most.
 const SHARERS: usize = 8;
 /// Blocks a multiprocessor of which a launch consists, most: with more, the other
 /// kernels are faster.
-const BLOCKS: usize = 4;
+const BLOCKS: usize = 2;
 /// Threads of a block.
-const THREADS: u32 = 128;
+const THREADS: u32 = 256;
 
 /// The kernel for one shape of heads.
 pub struct Short {
@@ -34,6 +37,8 @@ pub struct Short {
     kv_heads: usize,
     /// Blocks of a launch, most.
     blocks: usize,
+    /// Positions that a block attends to before others share them.
+    alone: usize,
     /// Blocks that may share a row and KV head.
     sharers: usize,
 }
@@ -58,6 +63,15 @@ impl HeadNorms {
     }
 }
 
+/// A step of short contexts.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ShortStep {
+    /// Blocks that share a row and KV head.
+    pub sharers: usize,
+    /// Those of the layer at hand.
+    pub norms: HeadNorms,
+}
+
 impl Short {
     /// `None` where there is no kernel for these heads, or for this KV.
     pub fn new(
@@ -75,22 +89,18 @@ impl Short {
             kernel: kernels.typed(&format!("decode_short_d{}_g{group}", shape.head_dim), 0)?,
             kv_heads: shape.kv_heads,
             blocks: BLOCKS * properties.multiprocessors as usize,
+            alone: (ALONE / group).min(TOKENS[1]),
             // Older GPUs have no clusters.
             sharers: if properties.capability.0 >= 9 { SHARERS } else { 1 },
         }))
     }
 
-    /// Blocks that share a row and KV head in a step of so many rows.
-    fn sharers(&self, rows: usize) -> usize {
-        let room = self.blocks / (rows.max(1) * self.kv_heads);
-        if room == 0 { 1 } else { (1 << room.ilog2()).min(self.sharers) }
-    }
-
-    /// Whether a step is of short contexts, recorded for `rows` rows.
-    pub fn takes(&self, rows: usize, taken: &Taken) -> bool {
-        taken.plain_decode
-            && rows * self.kv_heads <= self.blocks
-            && taken.deepest < self.sharers(rows) * TOKENS[usize::from(rows > 1)]
+    /// Whether a step is of short contexts, recorded for `rows` rows: the blocks that
+    /// share a row and KV head.
+    pub fn takes(&self, rows: usize, taken: &Taken) -> Option<usize> {
+        let most = self.blocks / (rows.max(1) * self.kv_heads);
+        let reach = TOKENS[usize::from(rows > 1)];
+        sharers(taken.deepest, self.alone, reach, most.min(self.sharers)).filter(|_| taken.plain_decode)
     }
 
     /// Rotates, appends and attends: `rows` rows of the step, a sequence each.
@@ -101,7 +111,7 @@ impl Short {
         rows: usize,
         shape: &AttentionShape,
         window: Option<u32>,
-        norms: HeadNorms,
+        ShortStep { sharers, norms }: ShortStep,
         turned: Turned,
         (kv, pool): (u64, &KvShape),
         qkv: &Buffer,
@@ -131,7 +141,7 @@ impl Short {
             eps: norms.eps,
             scale: shape.scale,
         };
-        let sharers = self.sharers(rows);
+        assert!(sharers <= self.sharers, "blocks of a cluster");
         let blocks = ((self.kv_heads * sharers) as u32, rows.max(1) as u32, 1);
         let grid = Grid { blocks, threads: THREADS, cluster: sharers as u32 };
         // SAFETY: the buffers hold `rows` rows of their widths, checked above; the
@@ -139,5 +149,27 @@ impl Short {
         // attends to more positions than the blocks have room for (`takes`). It
         // waits before it touches what the step's kernels write.
         unsafe { self.kernel.overlap(stream, grid, &arguments) }
+    }
+}
+
+/// Blocks that share the `deepest` positions before a row's own, a power of two up to
+/// `most`: each has `alone` of them or fewer, else up to `reach`.
+fn sharers(deepest: usize, alone: usize, reach: usize, most: usize) -> Option<usize> {
+    let most = 1 << most.checked_ilog2()?;
+    let sharers = deepest.div_ceil(alone).next_power_of_two().min(most);
+    (deepest <= sharers * reach).then_some(sharers)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::sharers;
+
+    #[test]
+    fn as_few_blocks_share_a_row_as_it_is_long() {
+        let of_one = [0, 64, 65, 512, 1024, 1025].map(|deepest| sharers(deepest, 64, 128, 8));
+        assert_eq!(of_one, [Some(1), Some(1), Some(2), Some(8), Some(8), None]);
+        let of_several = [0, 32, 33, 128, 129].map(|deepest| sharers(deepest, 32, 64, 3));
+        assert_eq!(of_several, [Some(1), Some(1), Some(2), Some(2), None]);
+        assert_eq!(sharers(0, 64, 64, 0), None, "more rows than blocks");
     }
 }
