@@ -61,8 +61,8 @@ const UNSAFE: &[&str] = &[
     "src/device/cuda/memory.rs",            // the GPU's memory, and the host's that it reaches
     "src/device/cuda/partials.rs",          // launches of a kernel over addresses
     "src/device/cuda/rows.rs",              // launches of kernels over addresses
-    "src/device/cuda/symbols.rs",           // looks functions of libraries up
     "src/device/cuda/short.rs",             // launches of kernels over addresses
+    "src/device/cuda/symbols.rs",           // looks functions of libraries up
     "src/device/cuda/widen.rs",             // launches of kernels over addresses
     "src/device/disk/block.rs",             // threads and the kernel write to disjoint memory
     "src/device/disk/cached.rs",            // a system call that no crate has

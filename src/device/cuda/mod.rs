@@ -25,6 +25,7 @@ mod linear;
 mod load;
 mod memory;
 mod partials;
+mod recorded;
 mod refusal;
 mod rows;
 mod short;
@@ -33,7 +34,6 @@ mod symbols;
 mod tiles;
 mod widen;
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -46,12 +46,13 @@ pub use memory::KvMemory;
 use attend::Attention;
 use buffer::Counted;
 use choose::Chooser;
-use driver::{Context, Graph, Stream};
+use driver::{Context, Stream};
 use kernels::Kernels;
 use linear::Linears;
 use load::Loader;
 use memory::GpuMemory;
 use partials::Partials;
+use recorded::{Kind, MAX_RECORDED, Recorded, padded};
 use rows::Rows;
 use short::{HeadNorms, ShortStep};
 use step::{Addresses, Capacity, StepMemory, Taken};
@@ -65,8 +66,6 @@ use crate::kv::rblock::{KvDtype, KvShape};
 /// Query heads and rows that one tile of the decode kernel takes: a sequence of
 /// at most so many is decoded, any other prefilled (`cuda/paged_kv.cuh`).
 const DECODE_TILE: usize = 16;
-/// Decode steps of up to so many rows are recorded.
-const MAX_RECORDED: usize = 512;
 /// Pages of a step there is room for at first.
 const FIRST_PAGES: usize = 1 << 16;
 /// Share of the memory that is left, beside the KV pool, for what the driver and
@@ -92,21 +91,11 @@ pub struct CudaOptions {
     pub fenced_below: u64,
 }
 
-/// What is known of decode steps of one number of rows.
-enum Recorded {
-    /// One was run: what is chosen at first use is chosen.
-    Warm,
-    Graph(Graph),
-}
-
 /// A GPU as a [`Device`].
 pub struct CudaDevice {
     // Waits for the GPU before anything is freed: fields go in order.
     _drain: Drain,
-    /// By number of rows, and the blocks that share a row where the contexts are short.
-    recorded: BTreeMap<(usize, Option<usize>), Recorded>,
-    /// The number of rows that is being recorded.
-    recording: Option<usize>,
+    recorded: Recorded,
     options: CudaOptions,
     kernels: Kernels,
     rows: Rows,
@@ -153,8 +142,7 @@ impl CudaDevice {
         let at = step.addresses(0, 0);
         Ok(Self {
             _drain: Drain(context.clone()),
-            recorded: BTreeMap::new(),
-            recording: None,
+            recorded: Recorded::default(),
             rows: Rows::new(&context, &kernels, options.element, padded)?,
             linears: Linears::new(&context, &kernels, &stream, &options)?,
             attention: Attention::new(&context, &kernels, options.element, padded, most.seqs)?,
@@ -285,16 +273,6 @@ impl CudaDevice {
         })
     }
 
-    /// Rows that a recorded decode step of `rows` rows has.
-    fn recorded_rows(rows: usize) -> usize {
-        match rows {
-            0..=8 => rows.next_power_of_two(),
-            9..=64 => rows.next_multiple_of(8),
-            65..=256 => rows.next_multiple_of(32),
-            _ => rows.next_multiple_of(64),
-        }
-    }
-
     /// The address of a layer of the pool.
     fn layer(pool: &KvPool, layer: usize) -> Result<u64> {
         let base = pool.device_address().ok_or_else(|| {
@@ -415,52 +393,30 @@ impl Device for CudaDevice {
         }
         self.taken = self.step.upload(&self.stream, step, pool.blocks(), pool.shape().block_tokens)?;
         self.at = self.step.addresses(self.taken.rows, self.taken.seqs);
-        let rows = self.taken.rows;
-        let padded = Self::recorded_rows(rows);
-        let record = self.options.graphs
-            && local
-            && self.taken.plain_decode
-            && padded <= MAX_RECORDED.min(self.options.max_seqs)
-            && self.attention.is_fit(pool);
+        let (mut rows, mut logits) = (self.taken.rows, self.taken.logits);
+        let padded = padded(rows);
         let fits = local && self.attention.is_fit(pool);
         let sharers = self.attention.sharers(padded, &self.taken).filter(|_| fits);
         self.short = sharers.map(|sharers| ShortStep { sharers, ..Default::default() });
-        let mut pass = Pass::Run { rows, logits: self.taken.logits };
-        if record {
-            match self.recorded.get(&(padded, sharers)) {
-                Some(Recorded::Graph(graph)) => {
-                    self.stream.launch(graph)?;
-                    return Ok(Pass::Replayed);
-                }
-                Some(Recorded::Warm) => {
-                    self.stream.begin_capture()?;
-                    self.recording = Some(padded);
-                }
-                None => drop(self.recorded.insert((padded, sharers), Recorded::Warm)),
+        let few = padded <= MAX_RECORDED.min(self.options.max_seqs);
+        if self.options.graphs && fits && self.taken.plain_decode && few {
+            if self.recorded.begin(&self.stream, Kind { rows: padded, sharers })? {
+                return Ok(Pass::Replayed);
             }
-            pass = Pass::Run { rows: padded, logits: padded };
+            (rows, logits) = (padded, padded);
         }
-        let Pass::Run { rows, .. } = pass else { return Ok(pass) };
         self.attempt(|d| d.rows.turn(&d.stream, &d.at, rows));
-        Ok(pass)
+        Ok(Pass::Run { rows, logits })
     }
 
     fn end_step(&mut self) -> Result<()> {
         self.attempt(|_| Ok(()));
-        let Some(rows) = self.recording.take() else { return self.failed.take().map_or(Ok(()), Err) };
-        let graph = self.stream.end_capture();
-        if let Some(error) = self.failed.take() {
-            return Err(error);
-        }
-        let graph = graph?;
-        self.stream.launch(&graph)?;
-        self.recorded.insert((rows, self.short.map(|s| s.sharers)), Recorded::Graph(graph));
-        Ok(())
+        self.recorded.end(&self.stream, self.failed.take())
     }
 
     fn embed(&mut self, table: &Matrix, out: &mut Buffer) {
         (out.counted, out.unscaled) = (Counted::Rows, None);
-        let rows = self.recording.unwrap_or(self.taken.rows);
+        let rows = self.recorded.rows().unwrap_or(self.taken.rows);
         self.attempt(|d| d.rows.embed(&d.stream, &d.at, rows, table, out));
     }
 
@@ -528,11 +484,11 @@ impl Device for CudaDevice {
         pool: &KvPool,
         qkv: &mut Buffer,
     ) {
-        let rows = self.recording.unwrap_or(self.taken.rows);
+        let rows = self.recorded.rows().unwrap_or(self.taken.rows);
         self.attempt(|d| {
             if d.attention.fit(&d.kernels, &d.stream, shape, pool)? {
                 d.recorded.clear();
-                let sharers = d.attention.sharers(Self::recorded_rows(rows), &d.taken);
+                let sharers = d.attention.sharers(padded(rows), &d.taken);
                 d.short =
                     sharers.filter(|_| d.short.is_some()).map(|sharers| ShortStep { sharers, ..Default::default() });
             }
@@ -556,7 +512,7 @@ impl Device for CudaDevice {
         lse: &mut Buffer,
     ) {
         (o.counted, o.unscaled) = (Counted::Rows, None);
-        let rows = self.recording.unwrap_or(self.taken.rows);
+        let rows = self.recorded.rows().unwrap_or(self.taken.rows);
         self.attempt(|d| {
             if d.attention.fit(&d.kernels, &d.stream, shape, pool)? {
                 d.recorded.clear();
@@ -597,7 +553,7 @@ impl Device for CudaDevice {
 
     fn gather(&mut self, x: &Buffer, rows: &[u32], out: &mut Buffer) {
         (out.counted, out.unscaled) = (Counted::Logits, None);
-        let rows = self.recording.unwrap_or(rows.len());
+        let rows = self.recorded.rows().unwrap_or(rows.len());
         self.attempt(|d| d.rows.gather(&d.stream, &d.at, d.counts(Counted::Logits), rows, x, out));
     }
 
