@@ -52,7 +52,7 @@ use linear::Linears;
 use load::Loader;
 use memory::GpuMemory;
 use partials::Partials;
-use recorded::{Kind, MAX_RECORDED, Recorded, padded};
+use recorded::{Kind, MAX_RECORDED, Recorded};
 use rows::Rows;
 use short::{HeadNorms, ShortStep};
 use step::{Addresses, Capacity, StepMemory, Taken};
@@ -394,10 +394,10 @@ impl Device for CudaDevice {
         self.taken = self.step.upload(&self.stream, step, pool.blocks(), pool.shape().block_tokens)?;
         self.at = self.step.addresses(self.taken.rows, self.taken.seqs);
         let (mut rows, mut logits) = (self.taken.rows, self.taken.logits);
-        let padded = padded(rows);
+        let padded = recorded::padded(rows);
         let fits = local && self.attention.is_fit(pool);
         let sharers = self.attention.sharers(padded, &self.taken).filter(|_| fits);
-        self.short = sharers.map(|sharers| ShortStep { sharers, ..Default::default() });
+        self.short = sharers.map(|sharers| ShortStep { sharers, norms: HeadNorms::default() });
         let few = padded <= MAX_RECORDED.min(self.options.max_seqs);
         if self.options.graphs && fits && self.taken.plain_decode && few {
             if self.recorded.begin(&self.stream, Kind { rows: padded, sharers })? {
@@ -488,9 +488,7 @@ impl Device for CudaDevice {
         self.attempt(|d| {
             if d.attention.fit(&d.kernels, &d.stream, shape, pool)? {
                 d.recorded.clear();
-                let sharers = d.attention.sharers(padded(rows), &d.taken);
-                d.short =
-                    sharers.filter(|_| d.short.is_some()).map(|sharers| ShortStep { sharers, ..Default::default() });
+                d.short = None; // it was for others
             }
             if let Some(step) = &mut d.short {
                 step.norms = HeadNorms::new(shape, qk_norm);

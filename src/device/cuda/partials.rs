@@ -55,33 +55,33 @@ impl Partials {
         remote_o: &[f32],
         remote_lse: &[f32],
     ) -> Result<()> {
-        let index: Vec<u32> = rows.iter().flat_map(|r| r.clone()).collect();
-        let (heads, head_dim, count) = (shape.heads, shape.head_dim, index.len());
+        let (heads, head_dim) = (shape.heads, shape.head_dim);
+        let count = rows.iter().map(ExactSizeIterator::len).sum::<usize>();
         assert!(remote_o.len() == count * shape.q_width() && remote_lse.len() == count * heads, "partials");
         if !head_dim.is_multiple_of(4) {
             return Err(DeviceError::Unsupported(format!(
                 "CUDA: merging heads of {head_dim} elements; a multiple of 4"
             )));
         }
-        let parts: [&[u8]; 3] =
-            [bytemuck::cast_slice(remote_o), bytemuck::cast_slice(remote_lse), bytemuck::cast_slice(&index)];
+        // Where each begins.
+        let lse_at = size_of_val(remote_o).next_multiple_of(16);
+        let rows_at = lse_at + size_of_val(remote_lse).next_multiple_of(16);
+        let end = rows_at + count * size_of::<u32>();
         self.staged = None;
-        self.reserve(stream, parts.iter().map(|p| p.len().next_multiple_of(16)).sum())?;
+        self.reserve(stream, end)?;
         self.uploaded.synchronize()?;
         let (device, host) = self.memory.as_mut().expect("reserved");
-        let mut addresses = [0; 3];
-        let mut end = 0;
-        for (address, part) in addresses.iter_mut().zip(parts) {
-            *address = device.address() + end as u64;
-            host.bytes_mut()[end..end + part.len()].copy_from_slice(part);
-            end += part.len().next_multiple_of(16);
-        }
+        let bytes = host.bytes_mut();
+        bytes[..size_of_val(remote_o)].copy_from_slice(bytemuck::cast_slice(remote_o));
+        bytes[lse_at..][..size_of_val(remote_lse)].copy_from_slice(bytemuck::cast_slice(remote_lse));
+        let index: &mut [u32] = bytemuck::cast_slice_mut(&mut bytes[rows_at..end]);
+        index.iter_mut().zip(rows.iter().cloned().flatten()).for_each(|(to, row)| *to = row);
         device.upload(stream, 0, host, 0..end)?;
         self.uploaded.record(stream)?;
         let arguments = api::Merge {
-            remote_o: addresses[0],
-            remote_lse: addresses[1],
-            rows: addresses[2],
+            remote_o: device.address(),
+            remote_lse: device.address() + lse_at as u64,
+            rows: device.address() + rows_at as u64,
             o: 0,
             lse: 0,
             count: count as u32,
@@ -89,7 +89,8 @@ impl Partials {
             head_dim: head_dim as u32,
             reserved: 0,
         };
-        self.staged = Some(Staged { arguments, rows: index.iter().max().map_or(0, |&row| row as usize + 1) });
+        let rows = rows.iter().map(|r| r.end as usize).max().unwrap_or(0);
+        self.staged = Some(Staged { arguments, rows });
         Ok(())
     }
 

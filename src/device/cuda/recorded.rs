@@ -11,7 +11,7 @@ pub const MAX_RECORDED: usize = 512;
 /// What tells recorded steps apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Kind {
-    /// Its rows, [`padded`].
+    /// Its rows, as [`padded`] has them.
     pub rows: usize,
     /// The blocks that share a row and KV head where the contexts are short.
     pub sharers: Option<usize>,

@@ -64,9 +64,9 @@ impl HeadNorms {
 }
 
 /// A step of short contexts.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct ShortStep {
-    /// Blocks that share a row and KV head.
+    /// Blocks that share a row and KV head: what [`Short::takes`] said.
     pub sharers: usize,
     /// Those of the layer at hand.
     pub norms: HeadNorms,
@@ -141,7 +141,7 @@ impl Short {
             eps: norms.eps,
             scale: shape.scale,
         };
-        assert!(sharers <= self.sharers, "blocks of a cluster");
+        assert!((1..=self.sharers).contains(&sharers), "blocks of a cluster");
         let blocks = ((self.kv_heads * sharers) as u32, rows.max(1) as u32, 1);
         let grid = Grid { blocks, threads: THREADS, cluster: sharers as u32 };
         // SAFETY: the buffers hold `rows` rows of their widths, checked above; the
