@@ -189,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) decode_plan(const __grid_c
         if (block < cut.blocks)
             cut.write(block, cut.begin_of(block), block);
         else
-            items[block].columns = 0;
+            items[block] = {}; // no columns
     }
     // The others begin where a (sequence, kv head) does, inside a block's range.
     for (uint32_t i = threadIdx.x; i < seqs * lots; i += THREADS) {

@@ -180,10 +180,6 @@ fn smollm2_answers_as_llama_cpp_does_where_rounding_does_not_decide() {
     cluster.stop();
 }
 
-/// Below this lead of the best logit 8-bit activations may decide otherwise, as
-/// llama.cpp's do: see `golden/README.md`.
-const SMALL_LEAD: f32 = 0.3;
-
 #[test]
 fn smollm2_with_fast_products_parts_from_float32_only_where_rounding_decides() {
     let files = distkv::model::load::open(&smollm2::path()).unwrap();
@@ -194,13 +190,9 @@ fn smollm2_with_fast_products_parts_from_float32_only_where_rounding_decides() {
         let (mut same, mut all) = (0, 0);
         for greedy in smollm2::golden().greedy {
             let found = tokens(cluster.submit(greedy.ids.clone(), greedy.float32.len(), false));
-            let end = greedy.float32.iter().position(|t| files.config.eos.contains(t)).unwrap_or(greedy.float32.len());
-            let part = (0..end).find(|&i| found.get(i) != Some(&greedy.float32[i]));
-            if let Some(step) = part {
-                let lead = greedy.float32_margins[step];
-                assert!(lead < SMALL_LEAD, "{:?} on {nodes:?}: step {step} with a lead of {lead}", greedy.prompt);
-            }
-            same += part.unwrap_or(end);
+            let (common, end) =
+                greedy.common(&found, &files.config.eos).unwrap_or_else(|e| panic!("on {nodes:?}: {e}"));
+            same += common;
             all += end;
         }
         assert!(2 * same > all, "on {nodes:?} only {same} tokens of {all} before they part");

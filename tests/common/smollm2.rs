@@ -44,6 +44,28 @@ pub struct Greedy {
     pub float32_top_logits: Vec<(u32, f32)>,
 }
 
+/// Below this lead of the best logit arithmetic of fewer bits than f32's may decide
+/// otherwise, as llama.cpp's does: see `golden/README.md`.
+const SMALL_LEAD: f32 = 0.3;
+
+impl Greedy {
+    /// How many of `found`'s tokens are the float32 continuation's before they part,
+    /// and how many that has before the end of the text.
+    ///
+    /// # Errors
+    ///
+    /// A step at which they part though the best logit has more than a small lead.
+    pub fn common(&self, found: &[u32], eos: &[u32]) -> Result<(usize, usize), String> {
+        let end = self.float32.iter().position(|t| eos.contains(t)).unwrap_or(self.float32.len());
+        let same = found.iter().zip(&self.float32[..end]).take_while(|(a, b)| a == b).count();
+        if same < end && self.float32_margins[same] >= SMALL_LEAD {
+            let lead = self.float32_margins[same];
+            return Err(format!("{:?}: another token at step {same}, where one leads by {lead}", self.prompt));
+        }
+        Ok((same, end))
+    }
+}
+
 /// Reads the goldens.
 pub fn golden() -> Golden {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/smollm2.json");
