@@ -472,6 +472,8 @@ struct DecodeShort {
     uint32_t window;       // positions that a row sees, its own among them; 0: all
     float eps;             // of the norms
     float scale;           // of scores
+    uint32_t tokens;       // positions that a block has room for
+    uint32_t reserved;
 };
 
 // Merges a peer's partials into (o, lse), in place; see state.cuh.

@@ -6,8 +6,8 @@
 //
 // Every sequence has one row. Grid: (kv_heads * cluster, rows), clusters of 1, 2, 4 or
 // 8 along x, 256 threads. The blocks of a cluster share the positions that a row and
-// kv head attends to, each at most SHORT_TOKENS of them, and each finishes an equal
-// share of the result.
+// kv head attends to, each at most `tokens` of them, and each finishes an equal share
+// of the result. Dynamic shared memory: ((tokens + 1) * g + tokens) * 4 bytes.
 //
 // KV of earlier steps is asked for before the kernel before this one is done: of what
 // is read, that one writes nothing.
@@ -21,7 +21,7 @@
 namespace distkv {
 namespace {
 
-constexpr uint32_t SHORT_TOKENS = 128, SHORT_WARPS = 8, MOST_SHARERS = 8;
+constexpr uint32_t SHORT_WARPS = 8, MOST_SHARERS = 8;
 constexpr uint32_t NOWHERE = ~0u;
 
 // G: query heads of a kv head, rounded up to a power of two.
@@ -31,11 +31,8 @@ template <uint32_t D, uint32_t G> struct Shared {
     alignas(16) float q[G * D];
     alignas(16) float own_key[D];
     alignas(16) float own_value[D];
-    // Of the tokens, and behind them of the row's own: scores, then weights.
-    float score[SHORT_TOKENS + 1][G];
     alignas(8) float2 state[MOST_SHARERS][G]; // maximum and sum, of each sharer
     float2 own_state[G];
-    uint32_t key[SHORT_TOKENS]; // the pool's row of a token's key
 };
 
 // A head of the row: norm, rotation, rounding; to(element, value) for each.
@@ -121,6 +118,10 @@ template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decod
     // Values: a warp has an eighth of the elements, 4 a lane, of several tokens at once.
     constexpr uint32_t WIDTH = D / SHORT_WARPS / 4, AT_ONCE = 32 / WIDTH, AHEAD = 4;
     __shared__ __align__(16) Shared<D, G> shared;
+    extern __shared__ __align__(16) float dynamic[];
+    // Of the tokens, and behind them of the row's own: scores, then weights.
+    float (*const score)[G] = reinterpret_cast<float (*)[G]>(dynamic);
+    uint32_t *const place = reinterpret_cast<uint32_t *>(score + p.tokens + 1); // the pool's row of a token's key
     launch_next();
     const uint32_t sharers = cluster_blocks(), rank = cluster_rank(), kv_head = blockIdx.x / sharers, row = blockIdx.y;
     // No kernel writes a step's metadata: it may be read before the wait.
@@ -134,9 +135,9 @@ template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decod
     const Slot slot = p.slots[row];
     const uint32_t own = slot.position, lowest = p.window != 0 && own >= p.window ? own - p.window + 1 : 0;
     const uint32_t share = (own - lowest + sharers - 1) / sharers, begin = lowest + rank * share;
-    const uint32_t end = min(begin + share, own), count = end > begin ? min(end - begin, SHORT_TOKENS) : 0;
+    const uint32_t end = min(begin + share, own), count = end > begin ? min(end - begin, p.tokens) : 0;
     for (uint32_t t = thread; t < count; t += SHORT_WARPS * 32) {
-        shared.key[t] = NOWHERE;
+        place[t] = NOWHERE;
     }
     __syncthreads();
     for (uint32_t i = thread; i < seq.pages; i += SHORT_WARPS * 32) {
@@ -144,21 +145,21 @@ template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decod
         const uint32_t first = (page.block * 2 * p.kv_heads + kv_head) * p.block_tokens;
         const uint32_t last = min(page.position + page.tokens, begin + count);
         for (uint32_t position = max(page.position, begin); position < last; position++) {
-            shared.key[position - begin] = first + position - page.position;
+            place[position - begin] = first + position - page.position;
         }
     }
     __syncthreads();
     const T *pool = static_cast<const T *>(p.pool);
     const uint32_t to_value = p.kv_heads * p.block_tokens; // rows from a key to its value
     for (uint32_t t = thread; t < count; t += SHORT_WARPS * 32) {
-        const uint32_t at = shared.key[t];
+        const uint32_t at = place[t];
         if (at != NOWHERE) {
             fetch_row<D>(pool + uint64_t(at) * D);
             fetch_row<D>(pool + uint64_t(at + to_value) * D);
         }
     }
     const auto fetch = [&](uint32_t t, uint32_t beyond, uint32_t column) -> uint2 {
-        const uint32_t at = t < count ? shared.key[t] : NOWHERE;
+        const uint32_t at = t < count ? place[t] : NOWHERE;
         if (at == NOWHERE) {
             return {0, 0};
         }
@@ -230,7 +231,7 @@ template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decod
             const float sum = sum_values<V, LANES>(s, lane);
             const uint32_t v = sub / (LANES / V), t = base + key_group * BATCH + v / G;
             if (sub % (LANES / V) == 0 && t < count) {
-                shared.score[t][v % G] = shared.key[t] == NOWHERE ? -INFINITY : sum;
+                score[t][v % G] = place[t] == NOWHERE ? -INFINITY : sum;
             }
 #pragma unroll
             for (uint32_t i = 0; i < BATCH; i++) {
@@ -247,7 +248,7 @@ template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decod
             }
             sum = lanes_sum(sum);
             if (lane == 0) {
-                shared.score[count][g] = sum;
+                score[count][g] = sum;
             }
         }
     }
@@ -256,15 +257,15 @@ template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decod
     for (uint32_t g = warp; g < G; g += SHORT_WARPS) {
         float most = NO_SCORE, sum = 0.0f;
         for (uint32_t t = lane; t < all; t += 32) {
-            most = fmaxf(most, shared.score[t][g]);
+            most = fmaxf(most, score[t][g]);
         }
 #pragma unroll
         for (uint32_t step = 16; step > 0; step /= 2) {
             most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
         }
         for (uint32_t t = lane; t < all; t += 32) {
-            const float weight = fast_exp2(shared.score[t][g] - most);
-            shared.score[t][g] = weight;
+            const float weight = fast_exp2(score[t][g] - most);
+            score[t][g] = weight;
             sum += weight;
         }
         sum = lanes_sum(sum);
@@ -279,7 +280,7 @@ template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decod
     const auto add = [&](uint32_t t, float4 v) {
 #pragma unroll
         for (uint32_t g = 0; g < G; g++) {
-            const float weight = shared.score[t][g];
+            const float weight = score[t][g];
             o[g].x += weight * v.x, o[g].y += weight * v.y, o[g].z += weight * v.z, o[g].w += weight * v.w;
         }
     };
@@ -347,12 +348,14 @@ template <class T, uint32_t D, uint32_t G> __device__ __forceinline__ void decod
 } // namespace
 } // namespace distkv
 
+// At most 80 registers a thread, which is what a block of the linear layers leaves of a
+// multiprocessor's.
 #define SHORT(D, G)                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+    extern "C" __global__ void __launch_bounds__(256, 3)                                                               \
         decode_short_d##D##_g##G##_bf16(const __grid_constant__ distkv::DecodeShort p) {                               \
         distkv::decode_short<__nv_bfloat16, D, G>(p);                                                                  \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256)                                                                  \
+    extern "C" __global__ void __launch_bounds__(256, 3)                                                               \
         decode_short_d##D##_g##G##_f16(const __grid_constant__ distkv::DecodeShort p) {                                \
         distkv::decode_short<__half, D, G>(p);                                                                         \
     }

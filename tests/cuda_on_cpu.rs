@@ -26,6 +26,11 @@ fn kernel(source: &str) -> String {
         "__shared__ __align__(16) Shared<D, G> shared;",
         "Shared<D, G> &shared = *static_cast<Shared<D, G> *>(shared_memory());",
     );
+    let text = replace(
+        &text,
+        "extern __shared__ __align__(16) float dynamic[];",
+        "float *const dynamic = static_cast<float *>(dynamic_memory());",
+    );
     let prefetch = between(&text, "asm volatile(\"prefetch", ";\n").to_owned();
     let text = replace(&text, &format!("asm volatile(\"prefetch{prefetch};"), "(void)row;");
     text[..text.find("#define SHORT(").expect("entry points")].to_owned()

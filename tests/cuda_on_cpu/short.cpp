@@ -28,6 +28,7 @@ struct Block {
     pthread_barrier_t all;
     Warp warps[THREADS / 32];
     char *shared;
+    void *dynamic;
 };
 static Block blocks[MOST_BLOCKS]; // of a cluster
 static uint32_t cluster;
@@ -99,6 +100,7 @@ template <class V> void store_peer(V *to, uint32_t rank, V value) {
 }
 
 static void *shared_memory() { return blocks[rank_here].shared; }
+static void *dynamic_memory() { return blocks[rank_here].dynamic; }
 
 } // namespace distkv
 
@@ -130,6 +132,8 @@ template <uint32_t D, uint32_t G> void launch(const DecodeShort &p, uint32_t row
                 pthread_barrier_init(&warp.all, nullptr, 32);
             blocks[b].shared = static_cast<char *>(aligned_alloc(64, (sizeof(Shared<D, G>) + 63) / 64 * 64));
             memset(blocks[b].shared, 0xff, sizeof(Shared<D, G>));
+            const size_t dynamic = ((p.tokens + 1) * G + p.tokens) * 4;
+            blocks[b].dynamic = memset(malloc(dynamic), 0xff, dynamic);
         }
         for (uint32_t t = 0; t < THREADS * cluster; t++)
             threads.emplace_back([=, &p] {
@@ -140,20 +144,25 @@ template <uint32_t D, uint32_t G> void launch(const DecodeShort &p, uint32_t row
             });
         for (std::thread &thread : threads)
             thread.join();
-        for (uint32_t b = 0; b < cluster; b++)
+        for (uint32_t b = 0; b < cluster; b++) {
             free(blocks[b].shared);
+            free(blocks[b].dynamic);
+        }
     }
 }
 
 struct Case : Sequences {
+    uint32_t room; // positions a block
+
     Case() {
         const uint32_t sizes[] = {16, 32, 48, 64, 256};
         d = one_in(2) ? 64 : 128, kv_heads = pick(1, 3), group = pick(1, 9), tokens = sizes[pick(0, 5)];
         cluster = 1u << pick(0, 4), window = one_in(3) ? pick(1, 200) : 0;
         interleaved = one_in(2), normed = one_in(3), pairs = one_in(4) ? d / 4 : d / 2;
+        room = one_in(2) ? 64 : pick(8, 257);
         for (uint32_t left = pick(1, 3); left > 0; left--) {
             // None before it, as many as there is room for, or some.
-            const uint32_t most = cluster * SHORT_TOKENS;
+            const uint32_t most = cluster * room;
             add(one_in(8) ? 0 : one_in(8) ? most - 1 : pick(0, one_in(2) ? most : most / 3));
         }
         fill();
@@ -169,7 +178,7 @@ static bool check(uint32_t, double &worst) {
     const Step step{c.rows(), c.rows(), c.rows(), 0};
     const DecodeShort p{c.qkv.data(),   pool.data(),   c.table.data(), c.norm_of_q(), c.norm_of_k(), c.slots.data(), c.seqs.data(),
                         c.pages.data(), &step,         o.data(),       lse.data(),    c.heads(),     c.kv_heads,     c.tokens,
-                        c.pairs,        c.interleaved, c.window,       1e-6f,         scale};
+                        c.pairs,        c.interleaved, c.window,       1e-6f,         scale,         c.room,        0};
     uint32_t g = 1;
     while (g < c.group)
         g *= 2;

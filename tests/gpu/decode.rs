@@ -239,12 +239,14 @@ impl Case {
         let mut case = Self { shape, window, kv, slots: Vec::new(), seqs: Vec::new(), runs: Vec::new() };
         let rows = *[1u32, 2, 3, 8, 20].choose(random).expect("some");
         let mut next = 0;
-        // What the kernel is for: with more rows fewer blocks share one, and with few
-        // positions too.
-        let most = match rows {
-            1 => 1000,
-            20 if kv_heads > 2 => 120,
-            _ => 250,
+        // What the kernel is for: with more rows fewer blocks share one.
+        let most = match (rows, head_dim, group) {
+            (1, 64, ..=4) => 2000,
+            (1, 128, ..=4) => 1500,
+            (1, ..) => 1100,
+            (20, ..) if kv_heads > 2 => 180,
+            (20, ..) => 350,
+            _ => 750,
         };
         let most = if random.random_bool(0.3) { 60 } else { most };
         for row in 0..rows {

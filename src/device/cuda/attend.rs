@@ -24,7 +24,7 @@ use super::element::Element;
 use super::kernels::{Grid, Kernel, Kernels, Swizzle, Tensor, TensorMap};
 use super::memory::GpuMemory;
 use super::rows::Turned;
-use super::short::{Short, ShortStep};
+use super::short::{Shares, Short, ShortStep};
 use super::step::{Addresses, Taken};
 use super::tiles::{Tile, Unit};
 use super::widen::Widened;
@@ -131,8 +131,8 @@ impl Attention {
     }
 
     /// Whether a step of so many rows, or fewer that are padded, can be run by
-    /// [`run_short`](Self::run_short), and by how many blocks a row and KV head.
-    pub fn sharers(&self, rows: usize, taken: &Taken) -> Option<usize> {
+    /// [`run_short`](Self::run_short), and how its positions are then shared out.
+    pub fn shares(&self, rows: usize, taken: &Taken) -> Option<Shares> {
         self.fit.as_ref()?.short.as_ref()?.takes(rows, taken)
     }
 
@@ -435,7 +435,7 @@ impl Attention {
     }
 
     /// The rotary embedding, the way of keys and values into the pool and the
-    /// attention of one layer, for a step that has [`sharers`](Self::sharers).
+    /// attention of one layer, for a step that has [`shares`](Self::shares).
     pub fn run_short(
         &self,
         stream: &Stream,

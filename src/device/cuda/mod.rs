@@ -396,11 +396,11 @@ impl Device for CudaDevice {
         let (mut rows, mut logits) = (self.taken.rows, self.taken.logits);
         let padded = recorded::padded(rows);
         let fits = local && self.attention.is_fit(pool);
-        let sharers = self.attention.sharers(padded, &self.taken).filter(|_| fits);
-        self.short = sharers.map(|sharers| ShortStep { sharers, norms: HeadNorms::default() });
+        let shares = self.attention.shares(padded, &self.taken).filter(|_| fits);
+        self.short = shares.map(|shares| ShortStep { shares, norms: HeadNorms::default() });
         let few = padded <= MAX_RECORDED.min(self.options.max_seqs);
         if self.options.graphs && fits && self.taken.plain_decode && few {
-            if self.recorded.begin(&self.stream, Kind { rows: padded, sharers })? {
+            if self.recorded.begin(&self.stream, Kind { rows: padded, shares })? {
                 return Ok(Pass::Replayed);
             }
             (rows, logits) = (padded, padded);

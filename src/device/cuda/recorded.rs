@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::driver::{Graph, Stream};
+use super::short::Shares;
 use crate::device::{DeviceError, Result};
 
 /// Decode steps of up to so many rows are recorded.
@@ -13,8 +14,8 @@ pub const MAX_RECORDED: usize = 512;
 pub struct Kind {
     /// Its rows, as [`padded`] has them.
     pub rows: usize,
-    /// The blocks that share a row and KV head where the contexts are short.
-    pub sharers: Option<usize>,
+    /// How positions are shared out where the contexts are short.
+    pub shares: Option<Shares>,
 }
 
 /// What is known of a kind.
