@@ -20,8 +20,9 @@ const MAX_GROUP: usize = 8;
 /// Elements of keys of one head that a block attends to, most, in steps of one row, of
 /// two, and of more: beyond these the other kernels are faster.
 const REACH: [usize; 3] = [24 << 10, 16 << 10, 12 << 10];
-/// Dynamic shared memory of a block, most (256 positions of 4 query heads): with 10 KiB
-/// a block of the linear layers has no room beside it, which is 8% of a step.
+/// Dynamic shared memory of a block, most (256 positions of 4 query heads): with 10 KiB,
+/// which leave a block of the linear layers no room beside it, a step takes 5 to 8%
+/// longer.
 const SHARED: usize = 5 << 10;
 /// Positions, times query heads a KV head, that a block attends to before others share
 /// them: they have to wait for each other.
